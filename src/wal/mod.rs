@@ -1,0 +1,2 @@
+//! The write-ahead log. `format`, `record`, `batch`, `checkpoint`, `recovery` and `commit` are pure.
+pub mod record;
