@@ -77,6 +77,8 @@ pub const BACKLOG_READS_MAX: usize = 8;
 pub const DEDUP_IDS_MAX: usize = 65_536;
 /// Publishers whose last sequence one topic remembers.
 pub const DEDUP_PUBLISHERS_MAX: usize = 4_096;
+/// Gaps in one publisher's stored sequences that are remembered.
+pub const DEDUP_RANGES_MAX: usize = 1_024;
 /// Ranges of acknowledged messages above the floor one subscription may have before its oldest gap blocks new deliveries.
 pub const ACK_RANGES_MAX: usize = 65_536;
 /// Longest doubling of the retry backoff: beyond it the delay stays.
