@@ -67,9 +67,9 @@ pub(super) fn quote(text: &str) -> String {
 pub struct ByteSize(pub u64);
 
 impl ByteSize {
-    const UNITS: [(&str, u64); 5] =
-        [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
-    const DECIMAL: [(&str, u64); 4] = [("TB", 1_000_000_000_000), ("GB", 1_000_000_000), ("MB", 1_000_000), ("KB", 1_000)];
+    const UNITS: [(&str, u64); 5] = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
+    const DECIMAL: [(&str, u64); 4] =
+        [("TB", 1_000_000_000_000), ("GB", 1_000_000_000), ("MB", 1_000_000), ("KB", 1_000)];
 
     pub const fn mib(n: u64) -> ByteSize {
         ByteSize(n << 20)
@@ -318,7 +318,8 @@ mod tests {
         for (text, bytes) in good {
             assert_eq!(ByteSize::parse(text), Some(ByteSize(bytes)), "{text}");
         }
-        for text in ["", "MiB", "-1", "64 potatoes", "0.3B", "1.", ".5MiB", "1.2.3MiB", "99999999999TiB", "1e6", "½MiB"] {
+        for text in ["", "MiB", "-1", "64 potatoes", "0.3B", "1.", ".5MiB", "1.2.3MiB", "99999999999TiB", "1e6", "½MiB"]
+        {
             assert_eq!(ByteSize::parse(text), None, "{text}");
         }
     }
