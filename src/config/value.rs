@@ -213,7 +213,7 @@ macro_rules! word_setting {
 }
 word_setting! {
     String => |text| Some(text.to_owned()), |text| text.clone();
-    FsyncPolicy => |text| text.parse().ok(), |policy| policy.to_string();
+    FsyncPolicy => FsyncPolicy::parse, |policy| policy.to_string();
     WalSync => WalSync::parse, |word| word.as_str().to_owned();
     Overflow => Overflow::parse, |word| word.as_str().to_owned();
     Qos0Overflow => Qos0Overflow::parse, |word| word.as_str().to_owned();
