@@ -144,4 +144,3 @@ pub enum RecoveryError {
     #[error("stream {stream}: a whole frame at {frame} does not hold the records it counts")]
     Count { stream: StreamId, frame: Lsn },
 }
-
