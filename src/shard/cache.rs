@@ -9,10 +9,25 @@ use bytes::Bytes;
 
 use crate::types::{LogRef, Slot};
 
+/// Where cached bytes come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// They have not left memory since they were written.
+    Memory,
+    /// They were read back: their checksums have to be looked at.
+    Disk,
+}
+
+#[derive(Debug)]
+struct Piece {
+    bytes: Bytes,
+    origin: Origin,
+}
+
 #[derive(Debug)]
 pub struct Cache {
     /// (slot, offset) -> bytes from there.
-    pieces: BTreeMap<(Slot, u32), Bytes>,
+    pieces: BTreeMap<(Slot, u32), Piece>,
     tail: VecDeque<(Slot, u32)>,
     tail_bytes: usize,
     read: VecDeque<(Slot, u32)>,
@@ -50,10 +65,10 @@ impl Cache {
         }
         self.tail_bytes += bytes.len();
         self.tail.push_back((slot, offset));
-        self.pieces.insert((slot, offset), bytes);
+        self.pieces.insert((slot, offset), Piece { bytes, origin: Origin::Memory });
         while self.tail_bytes > self.tail_max && self.tail.len() > 1 {
             let Some(key) = self.tail.pop_front() else { break };
-            self.tail_bytes -= self.pieces.remove(&key).map_or(0, |b| b.len());
+            self.tail_bytes -= self.pieces.remove(&key).map_or(0, |p| p.bytes.len());
         }
     }
 
@@ -64,17 +79,17 @@ impl Cache {
         }
         self.read_bytes += bytes.len();
         self.read.push_back((slot, offset));
-        self.pieces.insert((slot, offset), bytes);
+        self.pieces.insert((slot, offset), Piece { bytes, origin: Origin::Disk });
         while self.read_bytes > self.read_max && self.read.len() > 1 {
             let Some(key) = self.read.pop_front() else { break };
-            self.read_bytes -= self.pieces.remove(&key).map_or(0, |b| b.len());
+            self.read_bytes -= self.pieces.remove(&key).map_or(0, |p| p.bytes.len());
         }
     }
 
     fn forget(&mut self, slot: Slot) {
         let old: Vec<_> = self.pieces.range((slot, 0)..=(slot, u32::MAX)).map(|(key, _)| *key).collect();
         for key in old {
-            let len = self.pieces.remove(&key).map_or(0, |b| b.len());
+            let len = self.pieces.remove(&key).map_or(0, |p| p.bytes.len());
             if let Some(i) = self.read.iter().position(|k| *k == key) {
                 self.read.remove(i);
                 self.read_bytes -= len;
@@ -85,15 +100,15 @@ impl Cache {
         }
     }
 
-    /// The whole record at `at`, if it is in memory.
-    pub fn get(&mut self, at: LogRef) -> Option<Bytes> {
+    /// The whole record at `at`, if it is in memory, and whether it has been on disk in between.
+    pub fn get(&mut self, at: LogRef) -> Option<(Bytes, Origin)> {
         // A chunk read back may start before the batch that the tail holds, or end inside the record: look at several.
-        for ((_, offset), bytes) in self.pieces.range((at.slot, 0)..=(at.slot, at.offset)).rev().take(3) {
+        for ((_, offset), piece) in self.pieces.range((at.slot, 0)..=(at.slot, at.offset)).rev().take(3) {
             let start = (at.offset - offset) as usize;
             let end = start + at.len as usize;
-            if end <= bytes.len() {
+            if end <= piece.bytes.len() {
                 self.hits += 1;
-                return Some(bytes.slice(start..end));
+                return Some((piece.bytes.slice(start..end), piece.origin));
             }
         }
         self.misses += 1;
@@ -116,7 +131,7 @@ mod tests {
             cache.add_tail(Slot(1), i * 1000, Bytes::from(vec![i as u8; 1000]));
         }
         assert!(cache.get(at(1, 10, 20)).is_none());
-        assert_eq!(cache.get(at(1, 1990, 10)).unwrap(), vec![1u8; 10]);
+        assert_eq!(cache.get(at(1, 1990, 10)).unwrap(), (Bytes::from(vec![1u8; 10]), Origin::Memory));
         assert!(cache.get(at(1, 1990, 11)).is_none(), "not past the end of a piece");
         assert_eq!(cache.bytes(), 3000);
     }

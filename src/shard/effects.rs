@@ -18,10 +18,12 @@ pub struct Effects {
     pub close: Vec<(ConnId, CloseReason)>,
     pub pause_reading: Vec<ConnId>,
     pub resume_reading: Vec<ConnId>,
-    pub authenticated: Vec<ConnId>,
-    pub version: Vec<(ConnId, Version)>,
+    /// An AUTH has been answered: whether the connection is logged in now. Until then its reader decodes no further.
+    pub auth_decided: Vec<(ConnId, bool)>,
     pub reads: Vec<BacklogRead>,
     pub to_keeper: Vec<ForKeeper>,
+    /// The log holds something else than was written: the process must not go on.
+    pub corrupt: Option<String>,
     /// The earliest deadline; looked at on every beat.
     pub wake_at: Option<Instant>,
 }
@@ -48,18 +50,6 @@ pub enum CloseReason {
     Silent,
     /// Too many connections that have not logged in.
     TooManyUnauthenticated,
-}
-
-impl CloseReason {
-    pub fn label(self) -> &'static str {
-        match self {
-            CloseReason::BadFrame => "bad_frame",
-            CloseReason::AuthDeadline => "auth_deadline",
-            CloseReason::SlowConsumer => "slow_consumer",
-            CloseReason::Silent => "silent",
-            CloseReason::TooManyUnauthenticated => "too_many_unauthenticated",
-        }
-    }
 }
 
 /// Aligned on both ends to `BLOCK`.

@@ -77,6 +77,10 @@ impl Ranges {
         }
     }
 
+    pub fn clear(&mut self) {
+        self.map.clear();
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = (Seq, Seq)> + '_ {
         self.map.iter().map(|(first, last)| (Seq(*first), Seq(*last)))
     }

@@ -17,7 +17,7 @@ use crate::shard::message;
 use crate::shard::ranges::Ranges;
 use crate::shard::topic::Topic;
 use crate::time::{Duration, Instant, Now, WallMs};
-use crate::types::{DeliveryTag, Qos, Seq, SubId, TopicId};
+use crate::types::{DeliveryTag, Lsn, Qos, Seq, SubId, TopicId};
 use crate::wal::record::KeyId;
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -162,6 +162,12 @@ pub struct Subscription {
     pub timer: Option<Instant>,
     /// A backlog read is under way for it.
     pub reading: bool,
+    /// To be looked at before the turn ends.
+    pub dirty: bool,
+    /// Finished messages the log does not say so of yet.
+    pub unlogged: Ranges,
+    /// Where the log says that it exists.
+    pub created_end: Lsn,
     /// `topic.stored` when it began, and how many QoS1 messages it has finished since.
     pub stored_before: u64,
     pub finished: u64,
@@ -214,6 +220,9 @@ impl Subscription {
             ends_at: None,
             timer: None,
             reading: false,
+            dirty: false,
+            unlogged: Ranges::default(),
+            created_end: Lsn(0),
             stored_before,
             finished: 0,
             delivered: 0,
@@ -241,6 +250,14 @@ impl Subscription {
             return self.qos0.len() as u64;
         }
         (topic.stored - self.stored_before).saturating_sub(self.finished)
+    }
+
+    /// Everything in the queue, QoS0 messages included.
+    pub fn waiting(&self, topic: &Topic) -> u64 {
+        match self.qos {
+            Qos::AtMostOnce => self.qos0.len() as u64,
+            Qos::AtLeastOnce => self.backlog(topic) + self.qos0.len() as u64,
+        }
     }
 
     pub fn in_flight(&self) -> u64 {

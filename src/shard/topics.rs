@@ -15,12 +15,13 @@ use rustc_hash::FxHashMap;
 use crate::limits;
 use crate::metrics::{CoreMetrics, Loss};
 use crate::protocol::code;
-use crate::protocol::options::{OptionsBuilder, TAG_HEADER};
+use crate::protocol::options::OptionsBuilder;
 use crate::protocol::reply::{Body, Deliver, Outcome};
 use crate::protocol::request::{Identity, RejectAction, Start, TagRanges, UnsubscribeMode, Version};
-use crate::shard::cache::Cache;
+use crate::shard::cache::{Cache, Origin};
 use crate::shard::catalog::{Catalog, Stored};
 use crate::shard::effects::{BacklogRead, Effects, ForKeeper, Snapshot};
+use crate::shard::inspect::{SubInfo, TopicInfo};
 use crate::shard::message::{AckAnswer, Ask, AskPublish, AskSubscribe, Consumer, Tell};
 use crate::shard::routing::vshard_of;
 use crate::shard::settings::{BacklogOverflow, Overflow, Settings};
@@ -28,10 +29,12 @@ use crate::shard::snapshot;
 use crate::shard::subscription::{self, Death, Kind, Pick, Poll, Queued};
 use crate::shard::timers::{Timer, Timers};
 use crate::time::{Duration, Instant, Now, WallMs};
-use crate::types::{CoreId, LogRef, Lsn, Qos, Seq, Slot, SubId, TopicId, VShard};
-use crate::wal::batch::{Class, Grant, Log, LogFull, Write};
+use crate::types::{
+    ConnId, CoreId, DeliveryTag, Durability, LogRef, Lsn, Qos, Seq, Slot, SubId, TopicId, VShard,
+};
+use crate::wal::batch::{AppendError, Class, Grant, Log, Write};
 use crate::wal::commit::Commit;
-use crate::wal::record::{IdentityRef, Published, Record, published_body, published_body_trusted};
+use crate::wal::record::{IdentityRef, Published, Record, published_message};
 
 /// What a turn of the shard works with besides its own state.
 pub struct Turn<'a> {
@@ -59,14 +62,14 @@ enum Waiter {
         seq: Seq,
         since: Instant,
         priority: u8,
-        answer: Option<(crate::types::ConnId, u64)>,
+        answer: Option<(ConnId, u64)>,
         remote: Option<(CoreId, u64)>,
     },
     /// A QoS0 message behind a QoS1 message of its topic.
     Memory { topic: TopicId, queued: Queued },
-    Confirm { conn: crate::types::ConnId, cid: u64, outcome: Outcome },
+    Confirm { conn: ConnId, cid: u64, outcome: Outcome },
     Subscribed { ask: Box<AskSubscribe>, sub: SubId, resumed: bool },
-    Ok { conn: crate::types::ConnId, cid: u64 },
+    Ok { conn: ConnId, cid: u64 },
     Relocated { topic: TopicId, seq: Seq, at: LogRef },
 }
 
@@ -88,6 +91,7 @@ pub struct Topics {
     waiting_qos0_bytes: usize,
     cache: Cache,
     /// How far each slot of this run's stream is written: nothing behind it may be read.
+    segment_size: u32,
     written: FxHashMap<Slot, u32>,
     writing: VecDeque<(Slot, u32)>,
     /// Backlog reads under way, and who waits for each.
@@ -95,7 +99,7 @@ pub struct Topics {
     reads_waiting: VecDeque<SubId>,
     /// Subscriptions to be looked at before the turn ends.
     dirty: Vec<SubId>,
-    ack_answers: Vec<(SubId, crate::types::ConnId, u64)>,
+    ack_answers: Vec<(SubId, ConnId, u64)>,
     no_space: Option<String>,
     draining: bool,
     grants_asked: usize,
@@ -110,6 +114,7 @@ pub struct Topics {
 
 impl Topics {
     pub fn new(settings: Arc<Settings>, catalog: Catalog, log: Log, commit: Commit) -> Topics {
+        let segment_size = log.segment_size();
         let mine = |v: &VShard| v.core(settings.cores) == settings.core;
         let vshards = (0..settings.vshards).map(VShard).filter(mine).collect();
         let cache = Cache::new(settings.cache_bytes);
@@ -121,6 +126,7 @@ impl Topics {
             waiting: VecDeque::new(),
             waiting_qos0_bytes: 0,
             cache,
+            segment_size,
             written: FxHashMap::default(),
             writing: VecDeque::new(),
             reads: FxHashMap::default(),
@@ -185,8 +191,9 @@ impl Topics {
     }
 
     /// An empty batch that carries the watermark: the witness of the last commit group.
-    pub fn marker(&mut self, now: WallMs) {
-        self.log.marker(now);
+    fn marker(&mut self) {
+        // Without room there is no marker: the next frame will carry the watermark.
+        _ = self.log.marker();
     }
 
     pub fn on_written(&mut self, end: Lsn, records: u32, synced: bool, turn: &mut Turn) {
@@ -195,7 +202,9 @@ impl Topics {
         }
         self.commit.on_written(end, records, turn.now.mono);
         if synced {
-            self.commit.on_synced(end);
+            self.commit.on_synced(end, turn.now.mono);
+        } else if self.force_sync.is_some() {
+            self.commit.request_sync();
         }
         while let Some((at, bytes)) = self.durable_bytes_at.front().copied() {
             if at > end {
@@ -208,15 +217,28 @@ impl Topics {
     }
 
     pub fn on_synced(&mut self, upto: Lsn, turn: &mut Turn) {
-        self.commit.on_synced(upto);
+        self.commit.on_synced(upto, turn.now.mono);
+        if self.force_sync.is_some_and(|wanted| upto < wanted) {
+            self.commit.request_sync();
+        }
         self.advance(turn);
     }
 
-    /// Whether the driver should sync now, and up to where everything is written.
-    pub fn sync_wanted(&self, now: Instant) -> Option<Lsn> {
-        let forced = self.force_sync.is_some_and(|upto| self.commit.durable() < upto);
-        let written = self.commit.written();
-        ((forced || self.commit.sync_wanted(now)) && self.commit.durable() < written).then_some(written)
+    /// Whether the driver should sync now, and what that will cover.
+    pub fn begin_sync(&mut self, now: Instant) -> Option<Lsn> {
+        self.commit.sync_wanted(now).then(|| self.commit.on_sync_started())
+    }
+
+    pub fn commit_deadline(&self) -> Option<Instant> {
+        self.commit.next_deadline()
+    }
+
+    /// Time has passed: acknowledgements that were held back, the marker of an idle log.
+    pub fn on_tick(&mut self, turn: &mut Turn) {
+        if self.commit.marker_wanted(turn.now.mono) {
+            self.marker();
+        }
+        self.advance(turn);
     }
 
     pub fn appended(&self) -> Lsn {
@@ -230,6 +252,15 @@ impl Topics {
     /// Everything appended must become durable soon, whatever the policy.
     pub fn force_sync(&mut self) {
         self.force_sync = Some(self.log.appended());
+        self.commit.request_sync();
+    }
+
+    /// The last frame of an orderly stop.
+    pub fn finish_log(&mut self) {
+        if self.log.clean().is_err() {
+            tracing::warn!("no room for the log's last frame: the next start will look for a torn tail");
+        }
+        self.force_sync();
     }
 
     /// Publishers have to wait: the disk is behind.
@@ -237,7 +268,7 @@ impl Topics {
         self.in_flight_bytes > limits::LOG_BYTES_IN_FLIGHT_MAX as u64
     }
 
-    fn append(&mut self, vshard: VShard, record: &Record, class: Class, now: WallMs) -> Result<(LogRef, Lsn), LogFull> {
+    fn append(&mut self, vshard: VShard, record: &Record, class: Class, now: WallMs) -> Result<(LogRef, Lsn), AppendError> {
         let appended = self.log.append(vshard, record, class, now)?;
         let bytes = u64::from(appended.at.len);
         self.appended_bytes += bytes;
@@ -395,7 +426,7 @@ impl Topics {
         let (conn, cid) = (publish.conn, publish.cid);
         match publish.version {
             Version::V1 if publish.qos == Qos::AtLeastOnce => {
-                let mut text = BytesMut::from(&b"durable publish failed: "[..]);
+                let mut text = BytesMut::from(code::DURABLE_PUBLISH_FAILED.as_bytes());
                 text.extend_from_slice(&reason);
                 turn.tell(Tell::Error { conn, cid, code: code::INTERNAL, text: text.freeze() });
             }
@@ -423,7 +454,7 @@ impl Topics {
         let now = turn.now.wall;
         let expires = self.ttl_end(&publish, now);
         let topic = self.catalog.topic_named(&publish.topic).and_then(|id| self.catalog.topics.get_mut(&id));
-        let mut outcome = Outcome::Stored { level: crate::types::Durability::Memory, position: Lsn(0) };
+        let mut outcome = Outcome::Stored { level: Durability::Memory, position: Lsn(0) };
         match topic {
             Some(topic) if !topic.subs.is_empty() => {
                 let duplicate = publish
@@ -432,7 +463,7 @@ impl Topics {
                     .is_some_and(|identity| topic.dedup.is_duplicate(identity, now, self.settings.dedup_window));
                 if duplicate {
                     turn.metrics.publishes_duplicate += 1;
-                    outcome = Outcome::Duplicate { level: crate::types::Durability::Memory, position: Lsn(0) };
+                    outcome = Outcome::Duplicate { level: Durability::Memory, position: Lsn(0) };
                 } else {
                     if let Some(identity) = &publish.identity {
                         topic.dedup.remember(identity, now, self.settings.dedup_window);
@@ -548,9 +579,9 @@ impl Topics {
         });
         let (at, end) = match self.append(id.vshard, &record, Class::Publish, now) {
             Ok(appended) => appended,
-            Err(full) => {
-                let text = Bytes::from(format!("storage full: {full}"));
-                return self.refuse(&publish, code::STORAGE_FULL, text, remote, turn);
+            Err(error) => {
+                let (code, text) = append_failed(error);
+                return self.refuse(&publish, code, text, remote, turn);
             }
         };
         turn.metrics.published.add(Qos::AtLeastOnce, 1);
@@ -635,9 +666,7 @@ impl Topics {
         let vshard = vshard_of(name, &self.settings.dead_letter_suffix, self.settings.vshards);
         let id = self.catalog.next_topic_id(vshard);
         let record = Record::TopicCreated { topic: id.index, name };
-        if let Err(full) = self.append(vshard, &record, Class::Publish, turn.now.wall) {
-            return Err((code::STORAGE_FULL, Bytes::from(format!("storage full: {full}"))));
-        }
+        self.append(vshard, &record, Class::Publish, turn.now.wall).map_err(append_failed)?;
         self.catalog.create_topic(id, Bytes::copy_from_slice(name));
         Ok(id)
     }
@@ -660,7 +689,7 @@ impl Topics {
     fn subscribe(&mut self, ask: AskSubscribe, turn: &mut Turn) -> Result<(), (u16, Bytes)> {
         let subscribe = &ask.subscribe;
         if subscribe.durable.is_some() && subscribe.qos == Qos::AtMostOnce {
-            return Err((code::BAD_REQUEST, Bytes::from_static(b"a durable subscription needs QoS 1")));
+            return Err((code::INVALID, Bytes::from_static(b"a durable subscription needs QoS 1")));
         }
         let topic_id = self.topic_for(&subscribe.topic, turn)?;
         let existing = match (&subscribe.durable, ask.version) {
@@ -694,10 +723,7 @@ impl Topics {
         if let Some(logged) = kind.logged() {
             let created = turn.now.wall;
             let record = Record::SubCreated { sub: id.index, topic: topic_id.index, kind: logged, start, created };
-            match self.append(topic_id.vshard, &record, Class::Control, turn.now.wall) {
-                Ok((_, at)) => end = at,
-                Err(full) => return Err((code::STORAGE_FULL, Bytes::from(format!("storage full: {full}")))),
-            }
+            (_, end) = self.append(topic_id.vshard, &record, Class::Control, turn.now.wall).map_err(append_failed)?;
         }
         self.catalog.create_sub(id, topic_id, kind, subscribe.qos, start);
         if let Some(sub) = self.catalog.subs.get_mut(&id) {
@@ -722,7 +748,7 @@ impl Topics {
         let who = ask.who;
         let Some(sub) = self.catalog.subs.get_mut(&id) else {
             let text = Bytes::from_static(b"the subscription was deleted meanwhile");
-            return turn.tell(Tell::Refused { who, cid: ask.cid, code: code::NOT_FOUND, text });
+            return turn.tell(Tell::Refused { who, cid: ask.cid, code: code::UNKNOWN, text });
         };
         let Some(topic) = self.catalog.topics.get(&sub.topic) else { return };
         sub.ends_at = None;
@@ -755,10 +781,10 @@ impl Topics {
                 let loss = if mode == UnsubscribeMode::Delete { Loss::Purged } else { Loss::DroppedDetached };
                 match self.end_subscription(id, loss, turn) {
                     Ok(end) => wait_for = end,
-                    Err(full) => {
+                    Err(error) => {
                         if let Some(cid) = cid {
-                            let text = Bytes::from(format!("storage full: {full}"));
-                            turn.tell(Tell::Error { conn: who.conn, cid, code: code::STORAGE_FULL, text });
+                            let (code, text) = append_failed(error);
+                            turn.tell(Tell::Error { conn: who.conn, cid, code, text });
                         }
                         return;
                     }
@@ -792,7 +818,7 @@ impl Topics {
     }
 
     /// Deletes a subscription and what it has not finished. Returns where the log says so.
-    fn end_subscription(&mut self, id: SubId, loss: Loss, turn: &mut Turn) -> Result<Lsn, LogFull> {
+    fn end_subscription(&mut self, id: SubId, loss: Loss, turn: &mut Turn) -> Result<Lsn, AppendError> {
         let logged = self.catalog.subs.get(&id).is_some_and(|s| s.kind.is_logged());
         let mut end = self.commit.ack_upto();
         if logged {
@@ -848,12 +874,12 @@ impl Topics {
         let conn = who.conn;
         match answer {
             AckAnswer::V1 { cid } if known == 0 => {
-                turn.tell(Tell::Error { conn, cid, code: code::NOT_FOUND, text: code::UNKNOWN_TAG });
+                turn.tell(Tell::Error { conn, cid, code: code::UNKNOWN, text: UNKNOWN_TAG });
                 turn.tell(Tell::Settled { conn });
             }
             AckAnswer::V1 { .. } => turn.tell(Tell::Settled { conn }),
             AckAnswer::Confirm { cid } if known == 0 => {
-                turn.tell(Tell::Error { conn, cid, code: code::NOT_FOUND, text: code::UNKNOWN_TAG });
+                turn.tell(Tell::Error { conn, cid, code: code::UNKNOWN, text: UNKNOWN_TAG });
             }
             AckAnswer::Confirm { cid } => self.ack_answers.push((id, conn, cid)),
             AckAnswer::None => {}
@@ -863,8 +889,8 @@ impl Topics {
     fn delivered_in(
         &self,
         id: SubId,
-        first: crate::types::DeliveryTag,
-        last: crate::types::DeliveryTag,
+        first: DeliveryTag,
+        last: DeliveryTag,
         who: Consumer,
     ) -> Vec<Seq> {
         match self.catalog.subs.get(&id) {
@@ -1005,7 +1031,7 @@ impl Topics {
                         }
                         continue;
                     }
-                    let Some((published, body)) = self.body_of(entry.at) else {
+                    let Some((published, body)) = self.message_at(entry.at, turn) else {
                         return self.read_for(id, entry.at, turn);
                     };
                     let Some(sub) = self.catalog.subs.get_mut(&id) else { return };
@@ -1031,10 +1057,16 @@ impl Topics {
     }
 
     /// The message at `at`, if it is in memory.
-    fn body_of(&mut self, at: LogRef) -> Option<(WallMs, Body)> {
-        let record = self.cache.get(at)?;
-        // What was read back passed its checksum when it arrived; what is still in memory never left it.
-        published_body_trusted(&record)
+    fn message_at(&mut self, at: LogRef, turn: &mut Turn) -> Option<(WallMs, Body)> {
+        let (record, origin) = self.cache.get(at)?;
+        match published_message(&record, origin == Origin::Disk) {
+            Ok(message) => Some(message),
+            Err(error) => {
+                let LogRef { slot, offset, .. } = at;
+                turn.effects.corrupt = Some(format!("slot {} offset {offset}: {error}", slot.0));
+                None
+            }
+        }
     }
 
     // ---- reading back -------------------------------------------------------------------------------------------
@@ -1054,7 +1086,7 @@ impl Topics {
             return;
         }
         let end = (at.offset + at.len).max(start + limits::BACKLOG_READ_BYTES as u32);
-        let written = self.written.get(&at.slot).copied().unwrap_or(self.log.segment_size());
+        let written = self.written.get(&at.slot).copied().unwrap_or(self.segment_size);
         let end = end.next_multiple_of(limits::BLOCK as u32).min(written);
         self.reads.insert((at.slot, start), vec![id]);
         turn.metrics.backlog_reads += 1;
@@ -1101,7 +1133,7 @@ impl Topics {
             if sub.reading {
                 return;
             }
-            let Some((_, body)) = self.body_of(entry.at) else { return self.read_for(id, entry.at, turn) };
+            let Some((_, body)) = self.message_at(entry.at, turn) else { return self.read_for(id, entry.at, turn) };
             if self.bury_one(id, seq, death, &body, turn).is_err() {
                 return; // no room in the log: tried again when something happens to this subscription
             }
@@ -1115,16 +1147,22 @@ impl Topics {
         }
     }
 
-    fn bury_one(&mut self, id: SubId, seq: Seq, death: Death, body: &Body, turn: &mut Turn) -> Result<(), LogFull> {
+    fn bury_one(&mut self, id: SubId, seq: Seq, death: Death, body: &Body, turn: &mut Turn) -> Result<(), AppendError> {
         let now = turn.now.wall;
         let Some(sub) = self.catalog.subs.get(&id) else { return Ok(()) };
         let Some(topic) = self.catalog.topics.get(&sub.topic) else { return Ok(()) };
         let failures = sub.touched.get(&seq).map_or(0, |t| t.failures);
-        let mut options = OptionsBuilder::from_encoded(body.options());
-        options.header(b"blipmq-reason", death.label().as_bytes());
-        options.header(b"blipmq-source-topic", &topic.name);
-        options.header(b"blipmq-attempts", failures.to_string().as_bytes());
-        let options = options.finish();
+        let headers = |options: OptionsBuilder| {
+            options
+                .header("blipmq-reason", death.label().as_bytes())
+                .header("blipmq-source-topic", &topic.name)
+                .header("blipmq-attempts", failures.to_string().as_bytes())
+                .finish()
+        };
+        // Options that leave no room for ours are given up; the message is not.
+        let options = headers(OptionsBuilder::new().entries(body.options()))
+            .or_else(|_| headers(OptionsBuilder::new()))
+            .unwrap_or_default();
         let mut name = BytesMut::from(&topic.name[..]);
         name.extend_from_slice(&self.settings.dead_letter_suffix);
         let (source, name, vshard, logged) = (topic.name.clone(), name.freeze(), id.vshard, sub.kind.is_logged());
@@ -1266,6 +1304,88 @@ impl Topics {
         self.arm_expiry(id, turn);
     }
 
+    // ---- what an operator sees -----------------------------------------------------------------------------------
+
+    /// Brings the gauges up to date.
+    pub fn gauges(&self, metrics: &mut CoreMetrics) {
+        metrics.topics = self.catalog.topics.len() as u64;
+        metrics.subscribers = self.catalog.subs.len() as u64;
+        metrics.cache_bytes = self.cache.bytes() as u64;
+        metrics.cache_hits = self.cache.hits;
+        metrics.cache_misses = self.cache.misses;
+        metrics.acked_unsynced = self.commit.acked_unsynced();
+        (metrics.inflight, metrics.retries_waiting, metrics.expirations_waiting) = (0, 0, 0);
+        (metrics.queue_waiting, metrics.queue_waiting_bytes) = (0, 0);
+        for topic in self.catalog.topics.values() {
+            metrics.queue_waiting_bytes += topic.index.live_bytes();
+            if topic.index.earliest_expiry().is_some() {
+                metrics.expirations_waiting += topic.index.live();
+            }
+        }
+        for sub in self.catalog.subs.values() {
+            metrics.inflight += sub.in_flight();
+            metrics.retries_waiting += sub.retries_waiting() as u64;
+            if let Some(topic) = self.catalog.topics.get(&sub.topic) {
+                metrics.queue_waiting += sub.waiting(topic);
+            }
+        }
+    }
+
+    pub fn topic_infos(&self) -> Vec<TopicInfo> {
+        let mut all: Vec<TopicInfo> = self
+            .catalog
+            .topics
+            .values()
+            .map(|topic| TopicInfo {
+                topic: String::from_utf8_lossy(&topic.name).into_owned(),
+                core: self.settings.core,
+                vshard: topic.id.vshard,
+                messages: topic.index.live(),
+                bytes: topic.index.live_bytes(),
+                subscriptions: topic.subs.len() as u64,
+                published: topic.published,
+                next_seq: topic.next_seq,
+            })
+            .collect();
+        all.sort_unstable_by(|a, b| a.topic.cmp(&b.topic));
+        all
+    }
+
+    pub fn sub_infos(&self) -> Vec<SubInfo> {
+        let mut subs: Vec<_> = self.catalog.subs.values().collect();
+        subs.sort_unstable_by_key(|s| s.id);
+        subs.iter()
+            .filter_map(|sub| {
+                let topic = self.catalog.topics.get(&sub.topic)?;
+                let name = match &sub.kind {
+                    Kind::Durable { name } => Some(String::from_utf8_lossy(name).into_owned()),
+                    Kind::DeadLetters => Some(String::from_utf8_lossy(DEAD_LETTERS_NAME).into_owned()),
+                    Kind::Ephemeral | Kind::Orphan { .. } => None,
+                };
+                Some(SubInfo {
+                    id: sub.id,
+                    topic: String::from_utf8_lossy(&topic.name).into_owned(),
+                    name,
+                    kind: sub.kind.label(),
+                    qos: sub.qos,
+                    consumers: sub.consumers.len() as u64,
+                    backlog: sub.waiting(topic),
+                    in_flight: sub.in_flight(),
+                    delivered: sub.delivered,
+                    acked: sub.acked,
+                    failed: sub.failed,
+                })
+            })
+            .collect()
+    }
+
+    /// What must always be true. O(n): for tests and the simulator.
+    pub fn invariants(&self) {
+        self.catalog.invariants();
+        self.log.invariants();
+        assert!(self.waiting.iter().zip(self.waiting.iter().skip(1)).all(|(a, b)| a.0 <= b.0), "waiting is in log order");
+    }
+
     // ---- checkpoints and relocation -----------------------------------------------------------------------------
 
     /// This core's part of a checkpoint: leaves as soon as everything in it is durable.
@@ -1310,11 +1430,11 @@ impl Topics {
                 self.pop_relocation(0);
                 continue;
             };
-            let Some(bytes) = self.cache.get(entry.at) else {
+            let Some((bytes, _)) = self.cache.get(entry.at) else {
                 self.read_ahead(entry.at, turn);
                 return;
             };
-            let Ok(Record::Published(published) | Record::Relocated(published)) = Record::decode(&bytes) else {
+            let Ok((Record::Published(published) | Record::Relocated(published), _)) = Record::decode(&bytes) else {
                 tracing::error!(slot = slot.0, offset = entry.at.offset, "a live message cannot be read back; its segment stays");
                 self.relocation = None;
                 return;
@@ -1340,7 +1460,7 @@ impl Topics {
             return;
         }
         let end = (at.offset + at.len).max(start + limits::BACKLOG_READ_BYTES as u32);
-        let written = self.written.get(&at.slot).copied().unwrap_or(self.log.segment_size());
+        let written = self.written.get(&at.slot).copied().unwrap_or(self.segment_size);
         let end = end.next_multiple_of(limits::BLOCK as u32).min(written);
         self.reads.insert((at.slot, start), Vec::new());
         turn.effects.reads.push(BacklogRead { slot: at.slot, offset: start, len: end - start });
@@ -1353,6 +1473,16 @@ pub const DEAD_LETTERS_NAME: &[u8] = b"dead-letters";
 const EXPIRY_STEP_MS: u64 = 200;
 /// Messages copied per turn while a segment is being emptied.
 const RELOCATIONS_PER_TURN: usize = 256;
+
+const UNKNOWN_TAG: Bytes = Bytes::from_static(code::UNKNOWN_DELIVERY.text.as_bytes());
+
+fn append_failed(error: AppendError) -> (u16, Bytes) {
+    let code = match error {
+        AppendError::Full => code::STORAGE_FULL,
+        AppendError::TooLarge { .. } => code::TOO_LARGE,
+    };
+    (code, Bytes::from(error.to_string()))
+}
 
 struct Outgoing {
     seq: Seq,
