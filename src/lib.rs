@@ -17,8 +17,8 @@ pub mod shard;
 pub mod wal;
 /// 5. Bytes out.
 pub mod deliver;
-/// Across cores.
-#[cfg(feature = "server")]
+/// Across cores. loom tests it without features: tokio, for one, does not build with `--cfg loom`.
+#[cfg(any(feature = "server", all(loom, test)))]
 pub mod ring;
 /// Joins the stages on one core.
 #[cfg(feature = "server")]
