@@ -1,7 +1,7 @@
 //! What one core counts, and how it reads as Prometheus text.
 //!
-//! Owns: every counter's name, meaning and type, each said once, in the table below. Never: an atomic, a clock, a lock. A core
-//! counts in plain integers; whoever wants to know asks it for a copy (`driver::inspect`).
+//! Owns: every counter's name, meaning and type, each said once, in the table below. Never: an atomic, a clock, a
+//! lock. A core counts in plain integers; whoever wants to know asks it for a copy (`driver::inspect`).
 //!
 //! Two sums hold over all cores at any time at which nothing is on its way between them; `Ledger` checks them:
 //!   publishes_received = published + publishes_rejected + publishes_duplicate
@@ -20,7 +20,10 @@ pub trait Label: Copy {
 }
 
 macro_rules! labels {
-    ($(#[$doc:meta])* $name:ident as $label:literal { $($(#[$variant_doc:meta])* $variant:ident = $value:literal,)* }) => {
+    (
+        $(#[$doc:meta])*
+        $name:ident as $label:literal { $($(#[$variant_doc:meta])* $variant:ident = $value:literal,)* }
+    ) => {
         $(#[$doc])*
         #[derive(Clone, Copy, PartialEq, Eq, Debug)]
         pub enum $name { $($(#[$variant_doc])* $variant,)* }
@@ -165,9 +168,11 @@ impl ByCode {
     }
 }
 
-/// Where values lie, in buckets that grow with the value: four to each power of two, so a bound is at most a quarter off.
+/// Where values lie, in buckets that grow with the value: four to each power of two, so a bound is at most a
+/// quarter off.
 ///
-/// Each bucket holds the values up to and including its bound and above the one before: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20...
+/// Each bucket holds the values up to and including its bound and above the one before: 1, 2, 3, 4, 5, 6, 7, 8, 10,
+/// 12, 14, 16, 20...
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Histogram {
     counts: Box<[u64; BUCKETS]>,
@@ -392,13 +397,18 @@ core_metrics! {
 
     publishes_received: By<Qos>, "publishes_received_total", Counter, "Publishes that clients asked for.";
     published: By<Qos>, "published_total", Counter, "Publishes that were accepted.";
-    publishes_rejected: ByCode, "publishes_rejected_total", Counter, "Publishes that were refused, by the code of the answer.";
-    publishes_duplicate: u64, "publishes_duplicate_total", Counter, "Publishes dropped because they were stored before.";
-    publishes_unrouted: u64, "publishes_unrouted_total", Counter, "Accepted publishes to a topic without subscriptions.";
-    requests_rejected: ByCode, "requests_rejected_total", Counter, "Other requests that were refused, by the code of the answer.";
+    publishes_rejected: ByCode, "publishes_rejected_total", Counter,
+        "Publishes that were refused, by the code of the answer.";
+    publishes_duplicate: u64, "publishes_duplicate_total", Counter,
+        "Publishes dropped because they were stored before.";
+    publishes_unrouted: u64, "publishes_unrouted_total", Counter,
+        "Accepted publishes to a topic without subscriptions.";
+    requests_rejected: ByCode, "requests_rejected_total", Counter,
+        "Other requests that were refused, by the code of the answer.";
 
     queue_recovered: u64, "queue_recovered_total", Counter, "Messages in queues when this run of the broker started.";
-    queue_in: u64, "queue_in_total", Counter, "Messages put into a subscription's queue: one publish counts once per subscription.";
+    queue_in: u64, "queue_in_total", Counter,
+        "Messages put into a subscription's queue: one publish counts once per subscription.";
     queue_out: By<Qos>, "queue_out_total", Counter, "Messages done: QoS0 delivered, QoS1 acknowledged.";
     lost: By<Loss>, "queue_lost_total", Counter, "Messages that left a queue in any other way.";
     queue_waiting: u64, "queue_waiting", Gauge, "Messages in queues now, in-flight ones included.";
@@ -408,7 +418,8 @@ core_metrics! {
     redelivered: u64, "redelivered_total", Counter, "Deliveries that were not the first of their message.";
     acked: u64, "acked_total", Counter, "Deliveries acknowledged.";
     acks_unknown: u64, "acks_unknown_total", Counter, "Acknowledgements of nothing that is in flight.";
-    acked_unsynced: u64, "acked_unsynced", Gauge, "Confirmed publishes that are not synced yet: what a power loss could take.";
+    acked_unsynced: u64, "acked_unsynced", Gauge,
+        "Confirmed publishes that are not synced yet: what a power loss could take.";
 
     connections: u64, "connections", Gauge, "Open connections.";
     connections_accepted: u64, "connections_accepted_total", Counter, "Connections accepted.";
@@ -431,7 +442,8 @@ core_metrics! {
     wal_syncs: u64, "wal_syncs_total", Counter, "Syncs of the log.";
     segments_free: u64, "segments_free", Gauge, "Segments ready to be written.";
     segments_live: u64, "segments_live", Gauge, "Segments that hold something needed.";
-    relocated_bytes: u64, "relocated_bytes_total", Counter, "Bytes of live messages moved so that a segment could be freed.";
+    relocated_bytes: u64, "relocated_bytes_total", Counter,
+        "Bytes of live messages moved so that a segment could be freed.";
 
     cache_bytes: u64, "cache_bytes", Gauge, "Bytes of recent messages kept in memory.";
     cache_hits: u64, "cache_hits_total", Counter, "Deliveries whose message was in memory.";
@@ -439,14 +451,20 @@ core_metrics! {
     backlog_reads: u64, "backlog_reads_total", Counter, "Reads from the log to fetch such messages.";
     backlog_read_bytes: u64, "backlog_read_bytes_total", Counter, "Bytes of those reads.";
 
-    recovery_truncated_bytes: u64, "recovery_truncated_bytes", Gauge, "Bytes cut off the log's tail by the last recovery.";
-    recovery_truncated_records: u64, "recovery_truncated_records", Gauge, "Records cut off the log's tail by the last recovery.";
-    recovery_truncated_frames: u64, "recovery_truncated_frames", Gauge, "Batches cut off the log's tail by the last recovery.";
+    recovery_truncated_bytes: u64, "recovery_truncated_bytes", Gauge,
+        "Bytes cut off the log's tail by the last recovery.";
+    recovery_truncated_records: u64, "recovery_truncated_records", Gauge,
+        "Records cut off the log's tail by the last recovery.";
+    recovery_truncated_frames: u64, "recovery_truncated_frames", Gauge,
+        "Batches cut off the log's tail by the last recovery.";
     recovery_ms: u64, "recovery_ms", Gauge, "Milliseconds the last recovery took.";
-    checkpoint_fallbacks: u64, "checkpoint_fallbacks", Gauge, "Checkpoints the last recovery found damaged and passed over.";
+    checkpoint_fallbacks: u64, "checkpoint_fallbacks", Gauge,
+        "Checkpoints the last recovery found damaged and passed over.";
 
-    publish_to_durable: Histogram, "publish_to_durable_seconds", Seconds, "From a publish read to what its policy calls durable.";
-    publish_to_deliver: Histogram, "publish_to_deliver_seconds", Seconds, "From a publish read to its first delivery handed over.";
+    publish_to_durable: Histogram, "publish_to_durable_seconds", Seconds,
+        "From a publish read to what its policy calls durable.";
+    publish_to_deliver: Histogram, "publish_to_deliver_seconds", Seconds,
+        "From a publish read to its first delivery handed over.";
     batch_records: Histogram, "batch_records", Sizes, "Records in one write to the log.";
     sync_time: Histogram, "sync_seconds", Seconds, "Duration of one sync of the log.";
 }

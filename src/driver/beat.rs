@@ -1,7 +1,7 @@
 //! The beat: a thread outside the executors that wakes one task on every core, again and again.
 //!
-//! The runtime can park with runnable tasks (GLOMMIO.md 2.1). A wake from outside gets it going, so such a loss lasts one beat; and
-//! the task that is woken is the core's tick, for all its deadlines.
+//! The runtime can park with runnable tasks (GLOMMIO.md 2.1). A wake from outside gets it going, so such a loss
+//! lasts one beat; and the task that is woken is the core's tick, for all its deadlines.
 //!
 //! Owns: the thread, and the verdict that a core stands still. Never: does anything on a core but wake it.
 
@@ -20,8 +20,8 @@ use crate::types::CoreId;
 const BEAT: Duration = Duration::from_millis(1);
 /// An idle core gets every so-manieth beat.
 const IDLE_BEATS: u64 = 20;
-/// A core that has not ticked for so many beats stands still: 1 s, or longer if the whole process was held up. Counted in beats
-/// so that a suspended machine does not find all its cores stuck when it wakes up.
+/// A core that has not ticked for so many beats stands still: 1 s, or longer if the whole process was held up.
+/// Counted in beats so that a suspended machine does not find all its cores stuck when it wakes up.
 const STUCK_BEATS: u64 = 1_000;
 
 /// One core's side of the beat. Nobody waits for anybody here.
@@ -35,8 +35,8 @@ pub struct Beat {
 }
 
 impl Beat {
-    /// The core's tick, to be spawned as a task of its own, first thing in its executor. Calls `on_tick` at each beat, and at
-    /// once; ends after `stop`.
+    /// The core's tick, to be spawned as a task of its own, first thing in its executor. Calls `on_tick` at each
+    /// beat, and at once; ends after `stop`.
     pub fn ticks(self: Arc<Beat>, mut on_tick: impl FnMut()) -> impl Future<Output = ()> {
         poll_fn(move |cx| {
             self.waker.get_or_init(|| cx.waker().clone());

@@ -29,7 +29,8 @@ pub enum Answer {
 
 /// Somebody who can be asked about every core.
 pub trait Inspect: Send + Sync {
-    /// Asks all cores at once; one entry per core, in their order, `None` for those that did not answer `within` that time.
+    /// Asks all cores at once; one entry per core, in their order, `None` for those that did not answer `within`
+    /// that time.
     fn ask(&self, what: Question, within: Duration) -> Vec<(CoreId, Option<Answer>)>;
 }
 

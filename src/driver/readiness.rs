@@ -1,4 +1,5 @@
-//! Whether clients should come: what `/readyz` says. Written at start, at stop, and by whoever finds or mends a trouble.
+//! Whether clients should come: what `/readyz` says. Written at start, at stop, and by whoever finds or mends a
+//! trouble.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

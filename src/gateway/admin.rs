@@ -28,7 +28,8 @@ pub(super) fn ready(readiness: &Readiness) -> Response {
     }
 }
 
-/// A JSON array of topics or subscriptions, those of core 0 first. If a core had more than it may name, a header says so.
+/// A JSON array of topics or subscriptions, those of core 0 first. If a core had more than it may name, a header
+/// says so.
 pub(super) fn list(inspect: &dyn Inspect, what: Question) -> Response {
     let answers = match ask(inspect, what) {
         Ok(answers) => answers,

@@ -206,7 +206,8 @@ fn answer(stream: &TcpStream, handler: &Handler, stop: &AtomicBool) -> io::Resul
     linger(stream, stop)
 }
 
-/// Closing a socket with unread bytes in it (a request's body, say) resets the connection, and the reset may overtake the answer.
+/// Closing a socket with unread bytes in it (a request's body, say) resets the connection, and the reset may
+/// overtake the answer.
 fn linger(stream: &TcpStream, stop: &AtomicBool) -> io::Result<()> {
     stream.shutdown(Shutdown::Write)?;
     let deadline = Instant::now() + LINGER;
@@ -276,7 +277,8 @@ fn read(mut stream: &TcpStream, into: &mut [u8], deadline: Instant, stop: &Atomi
     })
 }
 
-/// Repeats a socket operation that gives up after the time it is given, until it succeeds, the deadline passes, or we stop.
+/// Repeats a socket operation that gives up after the time it is given, until it succeeds, the deadline passes, or
+/// we stop.
 fn in_time(
     deadline: Instant,
     stop: &AtomicBool,

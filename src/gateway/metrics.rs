@@ -8,16 +8,17 @@ use crate::driver::inspect::{Answer, Inspect, Question};
 use crate::limits;
 use crate::metrics::{CoreMetrics, Reading, render};
 
-/// What each core answered last. A core that is silent keeps its numbers, so that sums over cores do not fall, which every
-/// monitoring system would take for a restart.
+/// What each core answered last. A core that is silent keeps its numbers, so that sums over cores do not fall,
+/// which every monitoring system would take for a restart.
 #[derive(Default)]
 pub(super) struct Scrapes {
     last: Mutex<Vec<Option<Box<CoreMetrics>>>>,
 }
 
 impl Scrapes {
-    /// `accept`: the request's header. v1 sent no Content-Type, and clients get it so (V1 B35); but Prometheus, since its version
-    /// 3, refuses an answer without one. It says that it takes text/plain, so whoever says so is told.
+    /// `accept`: the request's header. v1 sent no Content-Type, and clients get it so (V1 B35); but Prometheus,
+    /// since its version 3, refuses an answer without one. It says that it takes text/plain, so whoever says so is
+    /// told.
     pub(super) fn answer(&self, inspect: &dyn Inspect, accept: &str) -> Response {
         let answers = inspect.ask(Question::Metrics, Duration::from_millis(limits::INQUIRY_DEADLINE_MS));
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);

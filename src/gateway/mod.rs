@@ -1,6 +1,7 @@
 //! The side door: HTTP for operators, on threads of its own, so that it answers while a core stands still.
 //!
-//! Owns: which path shows what. Never: runs on a core, names the runtime, touches a core's state: it asks (`driver::inspect`).
+//! Owns: which path shows what. Never: runs on a core, names the runtime, touches a core's state: it asks
+//! (`driver::inspect`).
 //! Neighbours: `http` moves bytes, `metrics` and `admin` say what is in them.
 
 mod admin;
@@ -290,7 +291,8 @@ mod tests {
 
         let subs = door.json("/subs");
         let expected = serde_json::json!([
-            { "id": "3.17", "core": 1, "topic": "orders", "name": "billing", "kind": "durable", "qos": 1, "consumers": 2,
+            { "id": "3.17", "core": 1, "topic": "orders", "name": "billing", "kind": "durable", "qos": 1,
+              "consumers": 2,
               "backlog": 5, "in_flight": 4, "delivered": 30, "acked": 20, "failed": 1 },
             { "id": "3.18", "core": 1, "topic": "orders", "name": null, "kind": "ephemeral", "qos": 0, "consumers": 1,
               "backlog": 0, "in_flight": 0, "delivered": 0, "acked": 0, "failed": 0 },
@@ -342,7 +344,8 @@ mod tests {
         let door = open();
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
-            // Silent ones: some are being read, the others wait. (On a slow machine their time may be up; then once more.)
+            // Silent ones: some are being read, the others wait. (On a slow machine their time may be up; then once
+            // more.)
             let held: Vec<TcpStream> = (0..limits::HTTP_CONNECTIONS_MAX).map(|_| door.connect()).collect();
             let mut text = String::new();
             let refused = door.connect().read_to_string(&mut text);

@@ -3,9 +3,10 @@
 //! Owns: which ring leads where, and the promise that a core does not sleep while something waits for it.
 //! Never: blocks, looks into what it carries.
 //!
-//! A core that is about to sleep says so (`parked`) and then looks once more into its rings; a core that has pushed looks at
-//! `parked` afterwards. Each side first writes, then reads what the other wrote, with a `SeqCst` fence in between, so at least one of
-//! them sees the other (Dekker's handshake). The same holds in the other direction for a core that was refused by a full ring.
+//! A core that is about to sleep says so (`parked`) and then looks once more into its rings; a core that has pushed
+//! looks at `parked` afterwards. Each side first writes, then reads what the other wrote, with a `SeqCst` fence in
+//! between, so at least one of them sees the other (Dekker's handshake). The same holds in the other direction for
+//! a core that was refused by a full ring.
 
 use std::task::{Context, Poll};
 
@@ -56,7 +57,8 @@ pub struct Port<T> {
     links: Vec<Option<Link<T>>>,
 }
 
-/// Connects `cores` cores, each with each, by rings of `slots` items (a power of two). The port of core `n` is the `n`th.
+/// Connects `cores` cores, each with each, by rings of `slots` items (a power of two). The port of core `n` is the
+/// `n`th.
 pub fn mesh<T: Send>(cores: u16, slots: usize) -> Vec<Port<T>> {
     let count = usize::from(cores);
     let parking: Vec<Arc<Parking>> = (0..count).map(|_| Arc::new(Parking::new())).collect();
@@ -94,8 +96,8 @@ impl<T> Port<T> {
         self.core
     }
 
-    /// Hands `item` to another core; gives it back if that ring is full. Then keep it, and try again when `poll_ready` says so.
-    /// The other core is not woken before `flush_wakes`.
+    /// Hands `item` to another core; gives it back if that ring is full. Then keep it, and try again when
+    /// `poll_ready` says so. The other core is not woken before `flush_wakes`.
     pub fn push(&mut self, to: CoreId, item: T) -> Result<(), T> {
         let link = self.link(to);
         let pushed = link.to.push(item);
@@ -127,7 +129,8 @@ impl<T> Port<T> {
         item
     }
 
-    /// Takes what the other cores have sent; from each at most what one ring holds, so that a busy peer cannot keep us here.
+    /// Takes what the other cores have sent; from each at most what one ring holds, so that a busy peer cannot keep
+    /// us here.
     pub fn drain(&mut self, mut take: impl FnMut(CoreId, T)) {
         for (core, link) in (0..).zip(&mut self.links) {
             let Some(link) = link else { continue };
@@ -156,7 +159,8 @@ impl<T> Port<T> {
         if self.look() { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    /// That core's port was dropped: nothing more will come from it than can be popped now, and nothing sent to it is read.
+    /// That core's port was dropped: nothing more will come from it than can be popped now, and nothing sent to it
+    /// is read.
     pub fn is_gone(&self, core: CoreId) -> bool {
         self.links[usize::from(core.0)].as_ref().is_some_and(|link| link.from.is_closed())
     }

@@ -3,13 +3,14 @@
 //! Owns: the slots and the proof that no two threads touch one at the same time; the project's only unsafe code.
 //! Never: blocks, wakes anybody (`mesh` does).
 //!
-//! Two positions only grow (and wrap with the integer): `tail`, how many items were pushed, written by the producer alone;
-//! `head`, how many were popped, written by the consumer alone. Item `n` lies in slot `n % capacity`.
+//! Two positions only grow (and wrap with the integer): `tail`, how many items were pushed, written by the producer
+//! alone; `head`, how many were popped, written by the consumer alone. Item `n` lies in slot `n % capacity`.
 //!
 //! The invariant behind every `unsafe` below, `head <= tail <= head + capacity`:
 //! - Slots of `head..tail` hold an item and belong to the consumer; all others are empty and belong to the producer.
-//! - A slot changes hands only by a `Release` store to `tail` (filled) or `head` (emptied), which the other side reads with
-//!   `Acquire` before it touches the slot. A position read too early only makes a side believe that it owns less.
+//! - A slot changes hands only by a `Release` store to `tail` (filled) or `head` (emptied), which the other side
+//!   reads with `Acquire` before it touches the slot. A position read too early only makes a side believe that it
+//!   owns less.
 //! - There is one `Producer` and one `Consumer`: neither is `Clone`, and their operations take `&mut self`.
 
 use std::cell::Cell;
@@ -31,9 +32,9 @@ struct Ring<T> {
     slots: Box<[UnsafeCell<MaybeUninit<T>>]>,
 }
 
-// SAFETY: the ends share a `Ring` by `Arc`, so it is used from two threads at once. All fields but the slots are atomics or
-// never change. A slot is touched by one side at a time, and handed over with Release/Acquire (the invariant above), so an item
-// moves from thread to thread and is never shared: `T: Send` is what that asks for.
+// SAFETY: the ends share a `Ring` by `Arc`, so it is used from two threads at once. All fields but the slots are
+// atomics or never change. A slot is touched by one side at a time, and handed over with Release/Acquire (the
+// invariant above), so an item moves from thread to thread and is never shared: `T: Send` is what that asks for.
 unsafe impl<T: Send> Sync for Ring<T> {}
 
 impl<T> Ring<T> {
@@ -49,8 +50,9 @@ impl<T> Drop for Ring<T> {
         let mut head = self.head.0.load(Ordering::Relaxed);
         while head != tail {
             self.slot(head).with_mut(|slot| {
-                // SAFETY: `&mut self` after the last `Arc` was dropped: no other thread has access, and all that the ends did
-                // happened before. Slots of `head..tail` hold an item, and each is dropped once: `head` moves on.
+                // SAFETY: `&mut self` after the last `Arc` was dropped: no other thread has access, and all that
+                // the ends did happened before. Slots of `head..tail` hold an item, and each is dropped once:
+                // `head` moves on.
                 unsafe { (*slot).assume_init_drop() }
             });
             head = head.wrapping_add(1);
@@ -63,7 +65,8 @@ pub struct Producer<T> {
     ring: Arc<Ring<T>>,
     /// The ring's `tail`, which only we write.
     tail: usize,
-    /// `head` as it was when we last looked. Looking costs a cache line of the other core, so only when this says "full".
+    /// `head` as it was when we last looked. Looking costs a cache line of the other core, so only when this says
+    /// "full".
     head_seen: usize,
     not_sync: PhantomData<Cell<()>>,
 }
@@ -100,9 +103,10 @@ impl<T> Producer<T> {
             return Err(item);
         }
         self.ring.slot(self.tail).with_mut(|slot| {
-            // SAFETY: `tail < head_seen + capacity`, and `head` is at least `head_seen`: the slot is outside `head..tail`, hence
-            // empty and ours. If it held an item before, the consumer moved that out before the store of `head` that we read
-            // with Acquire. Being empty, nothing is overwritten that would need a drop.
+            // SAFETY: `tail < head_seen + capacity`, and `head` is at least `head_seen`: the slot is outside
+            // `head..tail`, hence empty and ours. If it held an item before, the consumer moved that out before the
+            // store of `head` that we read with Acquire. Being empty, nothing is overwritten that would need a
+            // drop.
             unsafe { (*slot).write(item) };
         });
         self.tail = self.tail.wrapping_add(1);
@@ -130,8 +134,9 @@ impl<T> Consumer<T> {
             return None;
         }
         let item = self.ring.slot(self.head).with_mut(|slot| {
-            // SAFETY: `head < tail_seen <= tail`: the slot holds an item and is ours. The producer wrote it before the store of
-            // `tail` that we read with Acquire. It is read once: `head` moves past it, below, before anything else can happen.
+            // SAFETY: `head < tail_seen <= tail`: the slot holds an item and is ours. The producer wrote it before
+            // the store of `tail` that we read with Acquire. It is read once: `head` moves past it, below, before
+            // anything else can happen.
             unsafe { (*slot).assume_init_read() }
         });
         self.head = self.head.wrapping_add(1);
@@ -307,7 +312,8 @@ mod tests {
         assert_eq!(next, items);
     }
 
-    /// Compiles only while exactly one of the two blanket impls applies, that is while `T` is not `Sync` (or not `Clone`).
+    /// Compiles only while exactly one of the two blanket impls applies, that is while `T` is not `Sync` (or not
+    /// `Clone`).
     #[test]
     fn the_ends_are_send_but_not_sync_or_clone() {
         trait NotSync<Marker> {
