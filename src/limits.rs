@@ -25,6 +25,21 @@ pub const PATTERNS_PER_KEY_MAX: usize = 256;
 /// Longest topic pattern of a key.
 pub const PATTERN_LEN_MAX: usize = 1_024;
 
+/// HTTP connections at once, those that wait for a thread included.
+pub const HTTP_CONNECTIONS_MAX: usize = 64;
+/// Threads that answer them.
+pub const HTTP_THREADS: usize = 2;
+/// Request line and headers.
+pub const HTTP_HEAD_MAX: usize = 8 * 1024;
+/// An HTTP request must be complete by then, and its answer taken within as long again.
+pub const HTTP_DEADLINE_MS: u64 = 5_000;
+/// Questions from outside that wait for one core.
+pub const INQUIRIES_MAX: usize = 16;
+/// A core that has not answered one by then is reported as not answering.
+pub const INQUIRY_DEADLINE_MS: u64 = 1_000;
+/// Topics or subscriptions one core names in one answer.
+pub const INSPECT_ROWS_MAX: usize = 10_000;
+
 /// Longest topic name on the wire (V1 B20).
 pub const TOPIC_NAME_MAX: usize = 65_535;
 /// Longest durable subscription name.
@@ -94,6 +109,6 @@ pub const RETRY_DOUBLINGS_MAX: u32 = 16;
 
 const _: () = assert!(FRAME_LEN_MAX as usize + 64 * 1024 < BATCH_BYTES_MAX);
 const _: () = assert!(BATCH_BYTES_TARGET <= BATCH_BYTES_MAX);
-const _: () = assert!(BATCH_BYTES_MAX % BLOCK == 0);
+const _: () = assert!(BATCH_BYTES_MAX.is_multiple_of(BLOCK));
 const _: () = assert!(CONSUMER_WINDOW_BYTES <= OUTBOX_LOW);
 const _: () = assert!(OUTBOX_LOW < OUTBOX_MAX && FRAME_LEN_MAX as usize * 2 < OUTBOX_MAX);

@@ -1,1 +1,5 @@
 //! stub
+
+pub mod beat;
+pub mod inspect;
+pub mod readiness;
