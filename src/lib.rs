@@ -24,7 +24,7 @@ pub mod wal;
 #[cfg(feature = "server")]
 pub mod deliver;
 /// Across cores.
-#[cfg(any(feature = "server", loom))]
+#[cfg(any(feature = "server", all(loom, test)))]
 pub mod ring;
 /// Joins the stages on one core.
 #[cfg(feature = "server")]

@@ -458,6 +458,7 @@ impl Connections {
             return None;
         }
         let core = self.core_of(&topic);
+        let connection = self.all.get_mut(&id)?;
         let here = core == self.settings.core;
         let no_room = if here {
             publish.qos == Qos::AtLeastOnce && desk.log_behind

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use bytes::Bytes;
 
-use crate::protocol::decoder::FrameError;
+use crate::protocol::frame::FrameError;
 use crate::protocol::request::Request;
 use crate::shard::message::CoreBatch;
 use crate::types::{ConnId, CoreId, Lsn, Slot};

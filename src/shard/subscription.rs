@@ -35,15 +35,6 @@ impl Kind {
     pub fn is_logged(&self) -> bool {
         !matches!(self, Kind::Ephemeral)
     }
-
-    pub fn label(&self) -> &'static str {
-        match self {
-            Kind::Ephemeral => "ephemeral",
-            Kind::Durable { .. } => "durable",
-            Kind::Orphan { .. } => "v1",
-            Kind::DeadLetters => "dead-letters",
-        }
-    }
 }
 
 /// One connection's share in the queue.

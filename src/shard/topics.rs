@@ -21,7 +21,7 @@ use crate::protocol::request::{Identity, RejectAction, Start, TagRanges, Unsubsc
 use crate::shard::cache::{Cache, Origin};
 use crate::shard::catalog::{Catalog, Stored};
 use crate::shard::effects::{BacklogRead, Effects, ForKeeper, Snapshot};
-use crate::shard::inspect::{SubInfo, TopicInfo};
+use crate::shard::inspect::{SubInfo, SubInfoKind, TopicInfo};
 use crate::shard::message::{AckAnswer, Ask, AskPublish, AskSubscribe, Consumer, Tell};
 use crate::shard::routing::vshard_of;
 use crate::shard::settings::{BacklogOverflow, Overflow, Settings};
@@ -1034,6 +1034,7 @@ impl Topics {
                     let Some((published, body)) = self.message_at(entry.at, turn) else {
                         return self.read_for(id, entry.at, turn);
                     };
+                    let Some(topic) = self.catalog.topics.get(&topic_id) else { return };
                     let Some(sub) = self.catalog.subs.get_mut(&id) else { return };
                     let consumer = &sub.consumers[index];
                     let timeout = match consumer.version {
@@ -1337,7 +1338,7 @@ impl Topics {
             .topics
             .values()
             .map(|topic| TopicInfo {
-                topic: String::from_utf8_lossy(&topic.name).into_owned(),
+                topic: topic.name.clone(),
                 core: self.settings.core,
                 vshard: topic.id.vshard,
                 messages: topic.index.live(),
@@ -1357,19 +1358,20 @@ impl Topics {
         subs.iter()
             .filter_map(|sub| {
                 let topic = self.catalog.topics.get(&sub.topic)?;
-                let name = match &sub.kind {
-                    Kind::Durable { name } => Some(String::from_utf8_lossy(name).into_owned()),
-                    Kind::DeadLetters => Some(String::from_utf8_lossy(DEAD_LETTERS_NAME).into_owned()),
-                    Kind::Ephemeral | Kind::Orphan { .. } => None,
+                let (name, kind) = match &sub.kind {
+                    Kind::Durable { name } => (Some(name.clone()), SubInfoKind::Durable),
+                    Kind::DeadLetters => (Some(Bytes::from_static(DEAD_LETTERS_NAME)), SubInfoKind::DeadLetters),
+                    Kind::Orphan { .. } => (None, SubInfoKind::Orphan),
+                    Kind::Ephemeral => (None, SubInfoKind::Ephemeral),
                 };
                 Some(SubInfo {
                     id: sub.id,
-                    topic: String::from_utf8_lossy(&topic.name).into_owned(),
+                    topic: topic.name.clone(),
                     name,
-                    kind: sub.kind.label(),
+                    kind,
                     qos: sub.qos,
                     consumers: sub.consumers.len() as u64,
-                    backlog: sub.waiting(topic),
+                    backlog: sub.waiting(topic) - sub.in_flight(),
                     in_flight: sub.in_flight(),
                     delivered: sub.delivered,
                     acked: sub.acked,
