@@ -250,10 +250,16 @@ pub(super) fn parse_yaml(text: &str) -> Result<Vec<Entry>, ParseError> {
         },
         Err(error) => {
             let at = error.location().map(yaml_place).unwrap_or_default();
-            let message = error.without_snippet().to_string();
-            Err((at, message.lines().next().unwrap_or_default().to_owned()))
+            Err((at, in_our_words(&error.without_snippet().to_string())))
         }
     }
+}
+
+/// The parser's sentence without the place (ours is in front) and without advice for programmers.
+fn in_our_words(message: &str) -> String {
+    let line = message.lines().next().unwrap_or_default();
+    let ends = [" at line ", ", set DuplicateKeyPolicy"].into_iter().filter_map(|end| line.find(end));
+    line[..ends.min().unwrap_or(line.len())].to_owned()
 }
 
 /// What the YAML parser hands over; turned into a `Node` at once.

@@ -79,6 +79,9 @@ const SEGMENT_MIN: u64 = 32 << 20;
 /// An offset in a segment is 32 bits.
 const SEGMENT_MAX: u64 = 2 << 30;
 const _: () = assert!((limits::BATCH_BYTES_MAX + 4 * limits::BLOCK) as u64 <= SEGMENT_MIN);
+// Numbers that the words "expected …" of API keys repeat.
+const _: () = assert!(limits::API_KEYS_MAX == 1_024 && limits::API_KEY_LEN_MAX == 4_085);
+const _: () = assert!(limits::PATTERNS_PER_KEY_MAX == 256 && limits::PATTERN_LEN_MAX == 1_024);
 
 /// In the order `--check-config` prints them: those of the top level first, tables together.
 pub(super) static KEYS: &[Key] = &[

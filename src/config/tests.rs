@@ -272,7 +272,9 @@ fn what_is_not_toml_or_yaml_says_where() {
     refused("a.toml", "port = 1\nport = 2", ":2:1", &["not valid TOML", "duplicate key"]);
     refused("a.toml", "port = 1\nbind_addr = \"x", ":2:", &["not valid TOML"]);
     refused("a.toml", "port: 5555", ":1:", &["not valid TOML"]);
-    refused("a.yaml", "port: 1\nport: 2\n", ":2:1", &["not valid YAML"]);
+    refused("a.yaml", "port: 1\nport: 2\n", ":2:1", &["not valid YAML: duplicate mapping key: port"]);
+    let message = load_text("a.yaml", "port: 1\nport: 2\n").unwrap_err().to_string();
+    assert!(message.ends_with("port"), "no words of the parser's own: {message}");
     refused("a.yaml", "port: 1\n  max: [\n", ":2:", &["not valid YAML"]);
     refused("a.yaml", "- port\n", ":1:1", &["not valid YAML", "key: value"]);
     refused("a.yaml", "just words\n", ":1:1", &["not valid YAML"]);
