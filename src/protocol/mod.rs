@@ -13,3 +13,7 @@ pub mod request;
 mod v1;
 mod v2;
 
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod strategies;
