@@ -1,2 +1,9 @@
 //! The write-ahead log. `format`, `record`, `batch`, `checkpoint`, `recovery` and `commit` are pure.
 pub mod record;
+
+#[cfg(feature = "server")]
+pub mod disk;
+#[cfg(feature = "server")]
+pub mod import_v1;
+#[cfg(feature = "server")]
+pub mod store;
