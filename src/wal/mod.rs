@@ -1,5 +1,6 @@
 //! The write-ahead log. `format`, `record`, `batch`, `checkpoint`, `recovery` and `commit` are pure.
 pub mod record;
+pub mod segments;
 
 #[cfg(feature = "server")]
 pub mod disk;
