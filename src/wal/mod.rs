@@ -1,10 +1,25 @@
-//! The write-ahead log. `format`, `record`, `batch`, `checkpoint`, `recovery` and `commit` are pure.
+//! The write-ahead log. `format`, `record`, `batch`, `checkpoint`, `recovery`, `commit` and `segments` are pure.
+
+/// Packs records into frames: one batch, one write.
+pub mod batch;
+/// What the store remembers besides the log.
+pub mod checkpoint;
+/// What may be acknowledged, and when to sync.
+pub mod commit;
+/// A segment on disk, byte by byte.
+pub mod format;
 pub mod record;
+/// Bytes to records, and a verdict on the tail.
+pub mod recovery;
+/// Which slots are in use, and when one may be used again.
 pub mod segments;
 
+/// Slot files as the operating system sees them.
 #[cfg(feature = "server")]
 pub mod disk;
+/// Reads the log of the original broker.
 #[cfg(feature = "server")]
 pub mod import_v1;
+/// A store's directory: identity, lock, checks.
 #[cfg(feature = "server")]
 pub mod store;
