@@ -4,6 +4,7 @@
 //! Neighbours: `recovery` reads through [`SlotFiles`]; `keeper` makes slots with [`create_slot`]; the driver's writer takes
 //! each slot's lock with [`try_lock`].
 
+use std::cell::RefCell;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::AsFd;
@@ -11,9 +12,12 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 
-use super::store::{StoreError, io_at};
+use super::recovery::{ReadError, Segments};
+use super::store::{Store, StoreError, io_at};
 use crate::limits::BLOCK;
 use crate::types::Slot;
 
@@ -35,6 +39,12 @@ pub struct AlignedBuf {
     bytes: Vec<u8>,
     start: usize,
     len: usize,
+}
+
+impl AsRef<[u8]> for AlignedBuf {
+    fn as_ref(&self) -> &[u8] {
+        self.as_slice()
+    }
 }
 
 impl AlignedBuf {
@@ -127,7 +137,7 @@ pub fn lock_waiting(file: &File, path: &Path) -> Result<(), StoreError> {
 
 /// Makes a slot whose every block is allocated and written, so that later writes change no file system metadata. It has its
 /// name only when it is whole; a half-made one is removed.
-pub fn create_slot(wal_dir: &Path, slot: Slot, segment_size: u64, direct: bool) -> io::Result<()> {
+pub fn create_slot(wal_dir: &Path, slot: Slot, segment_size: u32, direct: bool) -> io::Result<()> {
     let path = slot_path(wal_dir, slot);
     let half_made = path.with_extension(&HALF_MADE[1..]);
     let result = write_zeros(&half_made, segment_size, direct)
@@ -146,21 +156,18 @@ pub fn create_slot(wal_dir: &Path, slot: Slot, segment_size: u64, direct: bool) 
     result
 }
 
-fn write_zeros(path: &Path, segment_size: u64, direct: bool) -> io::Result<()> {
+fn write_zeros(path: &Path, segment_size: u32, direct: bool) -> io::Result<()> {
     let flags = if direct { O_DIRECT } else { 0 };
     let file = OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(path)?;
-    let len = i64::try_from(segment_size).map_err(io::Error::other)?;
-    match fallocate(&file, FallocateFlags::empty(), 0, len) {
+    match fallocate(&file, FallocateFlags::empty(), 0, i64::from(segment_size)) {
         // Not every file system can; the zeros allocate as well.
-        Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP) => {}
+        Ok(()) | Err(Errno::EOPNOTSUPP) => {}
         Err(errno) => return Err(errno.into()),
     }
     let zeros = AlignedBuf::zeroed(CHUNK);
-    let mut at = 0;
-    while at < segment_size {
-        let len = usize::try_from(segment_size - at).map_or(CHUNK, |left| left.min(CHUNK));
-        file.write_all_at(&zeros.as_slice()[..len], at)?;
-        at += len as u64;
+    for at in (0..segment_size).step_by(CHUNK) {
+        let len = CHUNK.min((segment_size - at) as usize);
+        file.write_all_at(&zeros.as_slice()[..len], u64::from(at))?;
     }
     // Size and extents too.
     file.sync_all()
@@ -185,6 +192,138 @@ pub fn remove_half_made(wal_dir: &Path) -> Result<(), StoreError> {
         }
     }
     Ok(())
+}
+
+/// The slots of a store, for recovery and the tools.
+#[derive(Debug)]
+pub struct SlotFiles {
+    wal_dir: PathBuf,
+    direct: bool,
+    slots: Vec<Slot>,
+    segment_size: u32,
+    /// Recovery reads one slot after the other; a store may have more of them than a process may open files.
+    last: RefCell<Option<(Slot, File)>>,
+}
+
+impl SlotFiles {
+    /// For a start: waits for each slot's lock, then makes durable whatever it will be judged by (DURABILITY 2.5, 1).
+    pub fn open_synced(store: &Store) -> Result<SlotFiles, StoreError> {
+        let files = SlotFiles::open(store)?;
+        for &slot in &files.slots {
+            let path = slot_path(&files.wal_dir, slot);
+            let file = open_slot(&files.wal_dir, slot, files.direct)?;
+            lock_waiting(&file, &path)?;
+            file.sync_data().map_err(io_at("sync", &path))?;
+        }
+        for path in checkpoint_paths(&store.ckpt_dir()) {
+            match File::open(&path) {
+                Ok(file) => file.sync_data().map_err(io_at("sync", &path))?,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(io_at("open", &path)(error)),
+            }
+        }
+        for dir in [files.wal_dir.as_path(), &store.ckpt_dir(), store.dir()] {
+            sync_dir(dir)?;
+        }
+        Ok(files)
+    }
+
+    /// For the tools: changes nothing, takes no lock.
+    pub fn open(store: &Store) -> Result<SlotFiles, StoreError> {
+        let (wal_dir, segment_size) = (store.wal_dir(), store.segment_size());
+        let slots = list_slots(&wal_dir)?;
+        for &slot in &slots {
+            let path = slot_path(&wal_dir, slot);
+            let len = fs::metadata(&path).map_err(io_at("look at", &path))?.len();
+            if len != u64::from(segment_size) {
+                let why = format!("it has {len} bytes; every segment of this store has {segment_size}");
+                return Err(StoreError::Damaged { path, why });
+            }
+        }
+        Ok(SlotFiles { wal_dir, direct: store.direct_io(), slots, segment_size, last: RefCell::new(None) })
+    }
+
+    fn read_blocks(&self, slot: Slot, offset: u64, len: usize) -> Result<AlignedBuf, String> {
+        let mut last = self.last.borrow_mut();
+        if last.as_ref().is_none_or(|(open, _)| *open != slot) {
+            let flags = if self.direct { O_DIRECT } else { 0 };
+            let opened = OpenOptions::new().read(true).custom_flags(flags).open(slot_path(&self.wal_dir, slot));
+            *last = Some((slot, opened.map_err(|error| error.to_string())?));
+        }
+        let Some((_, file)) = last.as_ref() else { return Err("no file".to_owned()) };
+        let mut buffer = AlignedBuf::zeroed(len);
+        file.read_exact_at(buffer.as_mut_slice(), offset).map_err(|error| error.to_string())?;
+        Ok(buffer)
+    }
+}
+
+impl Segments for SlotFiles {
+    fn slots(&self) -> Vec<Slot> {
+        self.slots.clone()
+    }
+
+    fn read(&self, slot: Slot, offset: u32, len: u32) -> Result<Bytes, ReadError> {
+        let error = |reason| ReadError { slot, offset, len, reason };
+        let end = offset.checked_add(len).filter(|end| *end <= self.segment_size);
+        let end = end.ok_or_else(|| error(format!("the segment has {} bytes", self.segment_size)))?;
+        let first = offset - offset % BLOCK as u32;
+        let blocks = (end.next_multiple_of(BLOCK as u32) - first) as usize;
+        let buffer = self.read_blocks(slot, u64::from(first), blocks).map_err(error)?;
+        let skip = (offset - first) as usize;
+        // Without a copy: the buffer lives as long as what points into it.
+        Ok(Bytes::from_owner(buffer).slice(skip..skip + len as usize))
+    }
+}
+
+/// Why a checkpoint is not on the disk.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// Not written. The other file holds the newest checkpoint still.
+    #[error("{0}")]
+    NoSpace(io::Error),
+    /// The file's contents are unknown.
+    #[error("{0}")]
+    Failed(io::Error),
+}
+
+/// The two files a checkpoint may lie in. The number decides, so that the newest one is never written over.
+pub fn checkpoint_paths(ckpt_dir: &Path) -> [PathBuf; 2] {
+    [ckpt_dir.join("ckpt-A"), ckpt_dir.join("ckpt-B")]
+}
+
+/// Writes a checkpoint in place and syncs it. Space is taken before the first byte, so that a full disk leaves the older
+/// checkpoint of this file whole.
+pub fn write_checkpoint(ckpt_dir: &Path, number: u64, bytes: &[u8]) -> Result<(), WriteError> {
+    let path = &checkpoint_paths(ckpt_dir)[(number % 2) as usize];
+    let is_new = !path.exists();
+    let open = || OpenOptions::new().write(true).create(true).truncate(false).open(path);
+    let file = open().map_err(|error| match is_no_space(&error) {
+        true => WriteError::NoSpace(error),
+        false => WriteError::Failed(error),
+    })?;
+    match fallocate(&file, FallocateFlags::empty(), 0, i64::try_from(bytes.len()).unwrap_or(i64::MAX)) {
+        Ok(()) | Err(Errno::EOPNOTSUPP) => {}
+        Err(errno) if is_no_space(&errno.into()) => return Err(WriteError::NoSpace(errno.into())),
+        Err(errno) => return Err(WriteError::Failed(errno.into())),
+    }
+    // Copy-on-write file systems may still find no room. Then this file is lost, the newer one is not, and the next
+    // checkpoint goes here again.
+    file.write_all_at(bytes, 0).map_err(|error| match is_no_space(&error) {
+        true => WriteError::NoSpace(error),
+        false => WriteError::Failed(error),
+    })?;
+    file.sync_all().map_err(WriteError::Failed)?;
+    if is_new {
+        File::open(ckpt_dir).and_then(|dir| dir.sync_all()).map_err(WriteError::Failed)?;
+    }
+    Ok(())
+}
+
+/// The disk, or what we may have of it, is full; nothing is broken.
+pub fn is_no_space(error: &io::Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge)
+        || matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::EMFILE | Errno::ENFILE))
 }
 
 #[cfg(test)]

@@ -17,6 +17,12 @@ pub mod segments;
 /// Slot files as the operating system sees them.
 #[cfg(feature = "server")]
 pub mod disk;
+/// The thread that owns slots and checkpoints.
+#[cfg(feature = "server")]
+pub mod keeper;
+/// From a directory to the records in it.
+#[cfg(feature = "server")]
+pub mod start;
 /// Reads the log of the original broker.
 #[cfg(feature = "server")]
 pub mod import_v1;

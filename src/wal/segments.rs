@@ -13,15 +13,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::types::{CoreId, Lsn, Slot, StreamId};
-
-/// One use of a slot. `(stream, sequence)` never repeats in the store's life, the salt tells reuses apart even so.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct SegmentUse {
-    pub stream: StreamId,
-    pub sequence: u64,
-    pub salt: u64,
-}
+use super::format::Segment;
+use crate::types::{CoreId, Lsn, Slot};
 
 /// What one core still refers to in one slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -38,8 +31,8 @@ pub struct CoreReport {
     pub covered: Lsn,
     /// Every slot with at least one live message, whichever stream wrote it.
     pub live: Vec<(Slot, Live)>,
-    /// The segments of the core's own stream that have begun: slot, sequence, salt.
-    pub begun: Vec<(Slot, u64, u64)>,
+    /// The segments of the core's own stream that have begun; those long freed may still be named.
+    pub begun: Vec<Segment>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,7 +45,7 @@ enum State {
     },
     /// `unlisted`: checkpoints in a row that did not list it.
     InUse {
-        by: SegmentUse,
+        by: Segment,
         unlisted: u8,
     },
     /// Its header could not be read at recovery: nothing can refer to it, but nobody knows what it held.
@@ -64,7 +57,7 @@ enum State {
 /// When to move leftovers, and how many free slots to keep.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
-    pub segment_size: u64,
+    pub segment_size: u32,
     /// Free slots kept ready; more are deleted.
     pub spare: usize,
     /// Slots the quota allows in all; `None`: as many as the disk holds.
@@ -120,9 +113,9 @@ impl Segments {
     }
 
     /// A slot found at recovery with an earlier stream's segment. Free after two checkpoints that do not list it.
-    pub fn add_recovered(&mut self, slot: Slot, by: SegmentUse) {
-        let before = self.slots.insert(slot, State::InUse { by, unlisted: 0 });
-        assert!(before.is_none(), "{slot:?} was there already: {before:?}");
+    pub fn add_recovered(&mut self, by: Segment) {
+        let before = self.slots.insert(by.slot, State::InUse { by, unlisted: 0 });
+        assert!(before.is_none(), "{:?} was there already: {before:?}", by.slot);
     }
 
     /// A slot found at recovery without a readable header.
@@ -146,34 +139,33 @@ impl Segments {
         assert!(covered >= self.covered[index], "{core:?} covers {covered}, before {}", self.covered[index]);
         self.covered[index] = covered;
         self.live[index] = live.into_iter().filter(|(_, live)| live.records > 0).collect();
-        let stream = StreamId { incarnation: self.incarnation, core: core.0 };
-        for (slot, sequence, salt) in begun {
-            if let Some(state @ State::Granted { .. }) = self.slots.get_mut(&slot)
-                && *state == (State::Granted { core, salt })
+        for by in begun {
+            if let Some(state) = self.slots.get_mut(&by.slot)
+                && *state == (State::Granted { core, salt: by.salt })
             {
-                *state = State::InUse { by: SegmentUse { stream, sequence, salt }, unlisted: 0 };
+                *state = State::InUse { by, unlisted: 0 };
             }
         }
     }
 
     /// The slots the next checkpoint must list. Valid if every core has reported in this run.
-    pub fn to_list(&self) -> Vec<(Slot, SegmentUse)> {
-        let listed = self.slots.iter().filter_map(|(&slot, state)| match state {
-            State::InUse { by, .. } if self.is_needed(slot, by) => Some((slot, *by)),
+    pub fn to_list(&self) -> Vec<Segment> {
+        let listed = self.slots.values().filter_map(|state| match state {
+            State::InUse { by, .. } if self.is_needed(by) => Some(*by),
             _ => None,
         });
         listed.collect()
     }
 
-    fn is_needed(&self, slot: Slot, by: &SegmentUse) -> bool {
-        !self.is_covered(by) || self.live_in(slot).records > 0
+    fn is_needed(&self, by: &Segment) -> bool {
+        !self.is_covered(by) || self.live_in(by.slot).records > 0
     }
 
     /// Whether a snapshot taken by now holds all of this segment. Earlier runs' streams are in every snapshot of this one.
-    fn is_covered(&self, by: &SegmentUse) -> bool {
+    fn is_covered(&self, by: &Segment) -> bool {
         by.stream.incarnation != self.incarnation || {
             let covered = self.covered[usize::from(by.stream.core)];
-            (by.sequence + 1).saturating_mul(self.policy.segment_size) <= covered.0
+            (by.sequence + 1).saturating_mul(u64::from(self.policy.segment_size)) <= covered.0
         }
     }
 
@@ -186,10 +178,10 @@ impl Segments {
     }
 
     /// A checkpoint with exactly this list is durable. Returns the slots that this frees.
-    pub fn checkpoint_written(&mut self, listed: &[(Slot, SegmentUse)]) -> Vec<Slot> {
+    pub fn checkpoint_written(&mut self, listed: &[Segment]) -> Vec<Slot> {
         self.checkpoints += 1;
         // What has begun since the list was planned is needed too, though this checkpoint does not know it.
-        let listed: BTreeSet<Slot> = listed.iter().chain(&self.to_list()).map(|(slot, _)| *slot).collect();
+        let listed: BTreeSet<Slot> = listed.iter().chain(&self.to_list()).map(|by| by.slot).collect();
         let mut freed = Vec::new();
         for (&slot, state) in &mut self.slots {
             let unlisted = match state {
@@ -213,26 +205,23 @@ impl Segments {
     /// Slots whose leftovers are to be moved now, oldest first, and the cores that have some there.
     pub fn relocations(&mut self, space_short: bool) -> Vec<(Slot, Vec<CoreId>)> {
         let percent = if space_short { RELOCATE_PERCENT_SHORT } else { RELOCATE_PERCENT };
-        let mut sealed: Vec<(SegmentUse, Slot)> = self
-            .slots
-            .iter()
-            .filter_map(|(&slot, state)| match state {
-                State::InUse { by, .. } if self.is_covered(by) => Some((*by, slot)),
-                _ => None,
-            })
-            .collect();
+        let sealed = self.slots.values().filter_map(|state| match state {
+            State::InUse { by, .. } if self.is_covered(by) => Some(*by),
+            _ => None,
+        });
+        let mut sealed: Vec<Segment> = sealed.collect();
         if sealed.len() <= RELOCATE_ABOVE + self.covered.len() && !space_short {
             return Vec::new();
         }
-        sealed.sort_unstable_by_key(|(by, slot)| (by.stream.incarnation, by.sequence, by.stream.core, *slot));
+        sealed.sort_unstable_by_key(|by| (by.stream.incarnation, by.sequence, by.stream.core));
         let mut out = Vec::new();
-        for (_, slot) in sealed {
+        for Segment { slot, .. } in sealed {
             if self.relocating.len() >= RELOCATIONS_MAX {
                 break;
             }
             let live = self.live_in(slot);
             let asked = self.asked.get(&slot).is_some_and(|at| self.checkpoints < at + RELOCATE_AGAIN_AFTER);
-            if live.records == 0 || live.bytes * 100 > self.policy.segment_size * percent || asked {
+            if live.records == 0 || live.bytes * 100 > u64::from(self.policy.segment_size) * percent || asked {
                 continue;
             }
             let cores: Vec<CoreId> = (0u16..)
@@ -266,9 +255,11 @@ impl Segments {
 
     /// A free slot beyond the spare ones, the highest number first; it is forgotten here and to be deleted.
     pub fn take_surplus(&mut self) -> Option<Slot> {
-        if self.free() <= self.policy.spare {
-            return None;
-        }
+        if self.free() > self.policy.spare { self.take_free() } else { None }
+    }
+
+    /// The same, spare or not.
+    pub fn take_free(&mut self) -> Option<Slot> {
         let (&slot, _) = self.slots.iter().rev().find(|(_, state)| **state == State::Free)?;
         self.slots.remove(&slot);
         Some(slot)
@@ -291,28 +282,33 @@ impl Segments {
 
     /// Slots in use that only wait for the next checkpoint or two.
     pub fn releasable(&self) -> usize {
-        let waits = |(&slot, state): (&Slot, &State)| match state {
-            State::InUse { by, .. } => !self.is_needed(slot, by),
+        let waits = |state: &&State| match state {
+            State::InUse { by, .. } => !self.is_needed(by),
             State::Unknown { .. } => true,
             State::Free | State::Granted { .. } => false,
         };
-        self.slots.iter().filter(|entry| waits(*entry)).count()
+        self.slots.values().filter(waits).count()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::StreamId;
 
     const SIZE: u64 = 1 << 20;
+    const POLICY: Policy = Policy { segment_size: SIZE as u32, spare: 2, slots_max: None };
 
     fn segments(cores: u16) -> Segments {
-        Segments::new(Policy { segment_size: SIZE, spare: 2, slots_max: None }, 7, cores)
+        Segments::new(POLICY, 7, cores)
     }
 
-    fn report(core: u16, covered: u64, live: &[(u32, u32, u64)], begun: &[(Slot, u64, u64)]) -> CoreReport {
+    fn report(core: u16, covered: u64, live: &[(u32, u32, u64)], begun: &[(u32, u64, u64)]) -> CoreReport {
         let live = live.iter().map(|&(slot, records, bytes)| (Slot(slot), Live { records, bytes })).collect();
-        CoreReport { core: CoreId(core), covered: Lsn(covered), live, begun: begun.to_vec() }
+        let stream = StreamId { incarnation: 7, core };
+        let begun =
+            begun.iter().map(|&(slot, sequence, salt)| Segment { stream, sequence, slot: Slot(slot), salt }).collect();
+        CoreReport { core: CoreId(core), covered: Lsn(covered), live, begun }
     }
 
     fn checkpoint(segments: &mut Segments) -> Vec<Slot> {
@@ -320,8 +316,8 @@ mod tests {
         segments.checkpoint_written(&listed)
     }
 
-    fn old(sequence: u64) -> SegmentUse {
-        SegmentUse { stream: StreamId { incarnation: 6, core: 0 }, sequence, salt: 100 + sequence }
+    fn old(slot: u32, sequence: u64) -> Segment {
+        Segment { stream: StreamId { incarnation: 6, core: 0 }, sequence, slot: Slot(slot), salt: 100 + sequence }
     }
 
     #[test]
@@ -334,14 +330,14 @@ mod tests {
         segments.report(report(0, 0, &[], &[]));
         assert!(checkpoint(&mut segments).is_empty() && checkpoint(&mut segments).is_empty());
         // Begun, not covered.
-        segments.report(report(0, SIZE - 1, &[], &[(slot, 0, 11)]));
+        segments.report(report(0, SIZE - 1, &[], &[(0, 0, 11)]));
         assert_eq!(segments.to_list().len(), 1);
         assert!(checkpoint(&mut segments).is_empty());
         // Covered, but with a live message.
-        segments.report(report(0, SIZE, &[(0, 1, 50)], &[(slot, 0, 11)]));
+        segments.report(report(0, SIZE, &[(0, 1, 50)], &[(0, 0, 11)]));
         assert_eq!(segments.to_list().len(), 1);
         assert!(checkpoint(&mut segments).is_empty() && checkpoint(&mut segments).is_empty());
-        segments.report(report(0, SIZE, &[], &[(slot, 0, 11)]));
+        segments.report(report(0, SIZE, &[], &[(0, 0, 11)]));
         assert_eq!((segments.to_list().len(), segments.releasable()), (0, 1));
         assert_eq!(checkpoint(&mut segments), []);
         assert_eq!(checkpoint(&mut segments), [slot]);
@@ -353,26 +349,26 @@ mod tests {
         let mut segments = segments(1);
         segments.add_free(Slot(0));
         segments.grant(CoreId(0), 11);
-        segments.report(report(0, SIZE, &[], &[(Slot(0), 0, 11)]));
+        segments.report(report(0, SIZE, &[], &[(0, 0, 11)]));
         checkpoint(&mut segments);
         assert_eq!(checkpoint(&mut segments), [Slot(0)]);
         segments.grant(CoreId(0), 12);
         // The core still lists the old use beside nothing new: the new grant stays a grant.
-        segments.report(report(0, SIZE, &[], &[(Slot(0), 0, 11)]));
+        segments.report(report(0, SIZE, &[], &[(0, 0, 11)]));
         assert!(segments.to_list().is_empty());
         assert!(checkpoint(&mut segments).is_empty() && checkpoint(&mut segments).is_empty());
-        segments.report(report(0, SIZE, &[], &[(Slot(0), 0, 11), (Slot(0), 1, 12)]));
+        segments.report(report(0, SIZE, &[], &[(0, 0, 11), (0, 1, 12)]));
         let stream = StreamId { incarnation: 7, core: 0 };
-        assert_eq!(segments.to_list(), [(Slot(0), SegmentUse { stream, sequence: 1, salt: 12 })]);
+        assert_eq!(segments.to_list(), [Segment { stream, sequence: 1, slot: Slot(0), salt: 12 }]);
     }
 
     #[test]
     fn any_core_keeps_an_old_segment_alive() {
         let mut segments = segments(2);
-        segments.add_recovered(Slot(3), old(0));
+        segments.add_recovered(old(3, 0));
         segments.report(report(0, 0, &[], &[]));
         segments.report(report(1, 0, &[(3, 2, 10)], &[]));
-        assert_eq!(segments.to_list(), [(Slot(3), old(0))]);
+        assert_eq!(segments.to_list(), [old(3, 0)]);
         checkpoint(&mut segments);
         segments.report(report(1, 0, &[], &[]));
         checkpoint(&mut segments);
@@ -384,7 +380,7 @@ mod tests {
         let mut segments = segments(1);
         let quarter = SIZE / 4;
         for n in 0..8u32 {
-            segments.add_recovered(Slot(n), old(u64::from(7 - n)));
+            segments.add_recovered(old(n, u64::from(7 - n)));
         }
         // 0 is the youngest, 7 the oldest; 6 is too full; 5 is empty.
         let live = [(0, 1, 10), (1, 1, 10), (2, 1, 10), (3, 1, 10), (4, 1, 10), (6, 9, quarter + 1), (7, 1, quarter)];
@@ -405,7 +401,7 @@ mod tests {
     fn few_segments_are_left_alone() {
         let mut segments = segments(1);
         for n in 0..5u32 {
-            segments.add_recovered(Slot(n), old(u64::from(n)));
+            segments.add_recovered(old(n, u64::from(n)));
         }
         segments.report(report(0, 0, &[(0, 1, 10)], &[]));
         assert!(segments.relocations(false).is_empty());
@@ -414,7 +410,7 @@ mod tests {
 
     #[test]
     fn surplus_goes_spares_stay_and_the_quota_holds() {
-        let policy = Policy { segment_size: SIZE, spare: 2, slots_max: Some(4) };
+        let policy = Policy { slots_max: Some(4), ..POLICY };
         let mut segments = Segments::new(policy, 7, 1);
         for n in 0..4 {
             assert_eq!(segments.slot_to_make(), Some(Slot(n)));

@@ -21,17 +21,19 @@ use nix::sys::statfs::{FsType, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 
 use super::disk::{self, AlignedBuf};
+use super::format::{self, SEGMENT_SIZE_MAX, StoreId};
 use super::import_v1;
 use crate::limits::BLOCK;
 
 /// What this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
 /// Segment size of a new store unless the configuration names one.
-pub const SEGMENT_SIZE_DEFAULT: u64 = 64 * 1024 * 1024;
-/// Below it, a segment's header and the padding of its last batch are a noticeable share.
-pub const SEGMENT_SIZE_MIN: u64 = 1024 * 1024;
-/// Offsets inside a segment are `u32`, and a slot is written through in one go before its first use.
-pub const SEGMENT_SIZE_MAX: u64 = 1024 * 1024 * 1024;
+pub const SEGMENT_SIZE_DEFAULT: u32 = 64 * 1024 * 1024;
+/// Below it, a segment's header and the padding of its last batch are a noticeable share. The format would do with less.
+pub const SEGMENT_SIZE_MIN: u32 = 1024 * 1024;
+const _: () = assert!(SEGMENT_SIZE_MIN >= format::SEGMENT_SIZE_MIN && SEGMENT_SIZE_DEFAULT <= SEGMENT_SIZE_MAX);
+/// The only node there is.
+const NODE: u32 = 0;
 /// Virtual shards a store may have (DURABILITY 4).
 pub const VIRTUAL_SHARDS_MAX: u16 = 1_024;
 /// linux/magic.h; nix does not name it.
@@ -52,7 +54,7 @@ pub struct StoreOptions {
     pub virtual_shards: u16,
     pub dead_letter_suffix: String,
     /// `None`: the store's own, or `SEGMENT_SIZE_DEFAULT` for a new one.
-    pub segment_size: Option<u64>,
+    pub segment_size: Option<u32>,
     /// Development only: accept a file system without honest O_DIRECT.
     pub allow_buffered_io: bool,
 }
@@ -66,7 +68,7 @@ pub struct Identity {
     pub format_version: u32,
     pub virtual_shards: u16,
     pub dead_letter_suffix: String,
-    pub segment_size: u64,
+    pub segment_size: u32,
     pub created_ms: u64,
 }
 
@@ -132,6 +134,12 @@ impl StoreError {
     }
 }
 
+/// The wall clock, for the times of creation that nothing depends on.
+pub(crate) fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Names the file a failed call was about.
 pub(crate) fn io_at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     let path = path.to_owned();
@@ -188,11 +196,11 @@ impl Store {
         &self.identity
     }
 
-    pub fn uuid(&self) -> [u8; 16] {
-        self.uuid
+    pub fn id(&self) -> StoreId {
+        StoreId { uuid: self.uuid, node: NODE }
     }
 
-    pub fn segment_size(&self) -> u64 {
+    pub fn segment_size(&self) -> u32 {
         self.identity.segment_size
     }
 
@@ -219,8 +227,8 @@ fn check_options(options: &StoreOptions) -> Result<(), StoreError> {
     }
 }
 
-fn check_segment_size(size: u64) -> Result<(), String> {
-    if !(SEGMENT_SIZE_MIN..=SEGMENT_SIZE_MAX).contains(&size) || !size.is_multiple_of(BLOCK as u64) {
+fn check_segment_size(size: u32) -> Result<(), String> {
+    if !(SEGMENT_SIZE_MIN..=SEGMENT_SIZE_MAX).contains(&size) || !size.is_multiple_of(BLOCK as u32) {
         return Err(format!(
             "segment_size is {size}; it must be a multiple of {BLOCK} from {SEGMENT_SIZE_MIN} to {SEGMENT_SIZE_MAX}"
         ));
@@ -336,14 +344,13 @@ fn create(dir: &Path, options: &StoreOptions) -> Result<Identity, StoreError> {
     }
     let mut uuid = [0; 16];
     getrandom::fill(&mut uuid).map_err(|error| io_at("draw a uuid for", dir)(io::Error::other(error)))?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let identity = Identity {
         uuid: format!("{:032x}", u128::from_be_bytes(uuid)),
         format_version: FORMAT_VERSION,
         virtual_shards: options.virtual_shards,
         dead_letter_suffix: options.dead_letter_suffix.clone(),
         segment_size: options.segment_size.unwrap_or(SEGMENT_SIZE_DEFAULT),
-        created_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+        created_ms: now_ms(),
     };
     let (tmp, path) = (dir.join(IDENTITY_TMP), dir.join(IDENTITY));
     let mut text = serde_json::to_vec_pretty(&identity)
@@ -454,7 +461,7 @@ pub(super) mod tests {
         drop(first);
         let again = Store::open(&StoreOptions { segment_size: None, ..options(dir.join("a/b.wal")) }).unwrap();
         assert_eq!(*again.identity(), identity);
-        assert_eq!(format!("{:032x}", u128::from_be_bytes(again.uuid())), identity.uuid);
+        assert_eq!(format!("{:032x}", u128::from_be_bytes(again.id().uuid)), identity.uuid);
         assert!(!again.wal_dir().join(".direct-io-probe").exists());
     }
 
