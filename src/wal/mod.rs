@@ -1,4 +1,4 @@
-//! The write-ahead log. `format`, `record`, `batch`, `checkpoint`, `recovery` and `commit` are pure.
+//! The write-ahead log. `format`, `record`, `batch`, `checkpoint`, `recovery`, `commit` and `segments` are pure.
 
 /// Packs records into frames: one batch, one write.
 pub mod batch;
@@ -11,3 +11,21 @@ pub mod format;
 pub mod record;
 /// Bytes to records, and a verdict on the tail.
 pub mod recovery;
+/// Which slots are in use, and when one may be used again.
+pub mod segments;
+
+/// Slot files as the operating system sees them.
+#[cfg(feature = "server")]
+pub mod disk;
+/// The thread that owns slots and checkpoints.
+#[cfg(feature = "server")]
+pub mod keeper;
+/// From a directory to the records in it.
+#[cfg(feature = "server")]
+pub mod start;
+/// Reads the log of the original broker.
+#[cfg(feature = "server")]
+pub mod import_v1;
+/// A store's directory: identity, lock, checks.
+#[cfg(feature = "server")]
+pub mod store;
