@@ -6,10 +6,6 @@ pub const FRAME_LEN_MAX: u32 = 16 * 1024 * 1024;
 pub const FRAME_LEN_MIN: u32 = 9;
 /// Largest frame before AUTH succeeded.
 pub const FRAME_LEN_MAX_BEFORE_AUTH: u32 = 4 * 1024;
-/// A connection must be logged in by then.
-pub const AUTH_DEADLINE_MS: u64 = 5_000;
-/// Connections that have not logged in yet, over one core.
-pub const UNAUTHENTICATED_PER_CORE_MAX: usize = 1_024;
 /// Failed AUTHs one address may make at once; refilled at one per second.
 pub const AUTH_FAILURES_BURST: u32 = 64;
 /// Addresses whose failed AUTHs one core remembers.
@@ -65,8 +61,6 @@ pub const SUBS_PER_TOPIC_MAX: usize = 65_536;
 pub const EVENTS_PER_TURN_MAX: usize = 1_024;
 /// Bytes one read takes from a socket; shared by all connections of a core.
 pub const READ_CHUNK: usize = 256 * 1024;
-/// Bytes of requests a connection may have read but not yet processed, beyond which its socket is not read.
-pub const STALLED_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Requests one core may have unanswered at another core.
 pub const FORWARDS_MAX: usize = 8_192;
 /// Bytes of those requests.

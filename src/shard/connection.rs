@@ -160,7 +160,7 @@ impl Connections {
             closing: false,
         };
         self.unauthenticated += 1;
-        if self.unauthenticated > limits::UNAUTHENTICATED_PER_CORE_MAX {
+        if self.unauthenticated > self.settings.unauthenticated_max {
             connection.closing = true;
             desk.effects.close.push((id, CloseReason::TooManyUnauthenticated));
         } else {
@@ -224,7 +224,7 @@ impl Connections {
         if connection.stall.is_some() {
             connection.waiting_bytes += weight(&request);
             connection.waiting.push_back(request);
-            if connection.waiting_bytes > limits::STALLED_BYTES_MAX && !connection.paused {
+            if connection.waiting_bytes > self.settings.connection_bytes && !connection.paused {
                 connection.paused = true;
                 desk.effects.pause_reading.push(id);
             }
@@ -240,7 +240,7 @@ impl Connections {
         let Some(connection) = self.all.get_mut(&id) else { return };
         connection.waiting_bytes += weight(&request);
         connection.waiting.push_front(request);
-        if connection.waiting_bytes > limits::STALLED_BYTES_MAX && !connection.paused {
+        if connection.waiting_bytes > self.settings.connection_bytes && !connection.paused {
             connection.paused = true;
             desk.effects.pause_reading.push(id);
         }

@@ -64,6 +64,8 @@ pub struct BacklogRead {
 pub enum ForKeeper {
     WantGrant { count: usize },
     Snapshot(Snapshot),
+    /// Nothing was logged since the last snapshot.
+    Unchanged,
     Relocated { slot: Slot },
 }
 
@@ -72,6 +74,8 @@ pub enum ForKeeper {
 pub struct Snapshot {
     /// The log up to here is contained in it.
     pub covered: Lsn,
+    /// What of the log is known synced.
+    pub durable: Lsn,
     /// Per virtual shard: last index and state.
     pub vshards: Vec<(VShard, u64, Bytes)>,
     /// Slots that hold messages somebody wants: how many, and their bytes.

@@ -36,7 +36,8 @@ pub enum Event {
 #[derive(Debug)]
 pub enum FromKeeper {
     Grant(Grant),
-    TakeSnapshot,
+    /// `force`: also if nothing was logged since the last one.
+    TakeSnapshot { force: bool },
     Relocate { slot: Slot },
     /// Publishes are refused with this reason until `SpaceBack`.
     NoSpace { reason: String },

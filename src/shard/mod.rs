@@ -140,7 +140,7 @@ impl Shard {
             }
             Event::Keeper(message) => self.with_topics(now, effects, |topics, turn| match message {
                 FromKeeper::Grant(grant) => topics.on_grant(grant, turn),
-                FromKeeper::TakeSnapshot => topics.take_snapshot(turn),
+                FromKeeper::TakeSnapshot { force } => topics.take_snapshot(force, turn),
                 FromKeeper::Relocate { slot } => topics.relocate(slot),
                 FromKeeper::NoSpace { reason } => topics.on_no_space(reason),
                 FromKeeper::SpaceBack => topics.on_space_back(),
@@ -196,6 +196,11 @@ impl Shard {
     /// QoS1 deliveries whose acknowledgement is awaited.
     pub fn in_flight(&self) -> u64 {
         self.topics.catalog().subs.values().map(|s| s.in_flight()).sum()
+    }
+
+    /// Everything appended is to become durable soon, whatever the policy.
+    pub fn force_sync(&mut self) {
+        self.topics.force_sync();
     }
 
     /// Everything appended is to become durable, whatever the policy; then a last frame says that the stop was orderly.

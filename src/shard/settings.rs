@@ -48,6 +48,12 @@ pub struct Settings {
     pub cache_bytes: usize,
     /// Index entries this core may hold: its share of the memory budget.
     pub entries_max: usize,
+    /// Connections of this core that have not logged in.
+    pub unauthenticated_max: usize,
+    /// Bytes of requests a connection may have read but not yet processed.
+    pub connection_bytes: usize,
+    /// An idle log gets a last frame that carries the watermark.
+    pub idle_marker: bool,
     /// Empty unless every core has a port of its own.
     pub ports: Vec<u16>,
 }

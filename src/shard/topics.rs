@@ -105,7 +105,9 @@ pub struct Topics {
     grants_asked: usize,
     snapshot: Option<Snapshot>,
     force_sync: Option<Lsn>,
-    relocation: Option<Relocation>,
+    relocations: VecDeque<Relocation>,
+    /// What the last snapshot covered.
+    snapshot_covered: Lsn,
     vshards: Vec<VShard>,
     appended_bytes: u64,
     durable_bytes_at: VecDeque<(Lsn, u64)>,
@@ -138,7 +140,8 @@ impl Topics {
             grants_asked: 0,
             snapshot: None,
             force_sync: None,
-            relocation: None,
+            relocations: VecDeque::new(),
+            snapshot_covered: Lsn(0),
             vshards,
             appended_bytes: 0,
             durable_bytes_at: VecDeque::new(),
@@ -235,7 +238,7 @@ impl Topics {
 
     /// Time has passed: acknowledgements that were held back, the marker of an idle log.
     pub fn on_tick(&mut self, turn: &mut Turn) {
-        if self.commit.marker_wanted(turn.now.mono) {
+        if self.settings.idle_marker && self.commit.marker_wanted(turn.now.mono) {
             self.marker();
         }
         self.advance(turn);
@@ -332,15 +335,16 @@ impl Topics {
                 Waiter::Relocated { topic, seq, at } => {
                     self.catalog.moved(topic, seq, at);
                     turn.metrics.relocated_bytes += u64::from(at.len);
-                    if let Some(relocation) = &mut self.relocation {
+                    if let Some(relocation) = self.relocations.front_mut() {
                         relocation.pending -= 1;
                     }
                 }
             }
         }
         if self.snapshot.as_ref().is_some_and(|s| s.covered <= self.commit.durable())
-            && let Some(snapshot) = self.snapshot.take()
+            && let Some(mut snapshot) = self.snapshot.take()
         {
+            snapshot.durable = self.commit.durable();
             turn.effects.to_keeper.push(ForKeeper::Snapshot(snapshot));
         }
         if self.force_sync.is_some_and(|upto| upto <= self.commit.durable()) {
@@ -1391,14 +1395,18 @@ impl Topics {
     // ---- checkpoints and relocation -----------------------------------------------------------------------------
 
     /// This core's part of a checkpoint: leaves as soon as everything in it is durable.
-    pub fn take_snapshot(&mut self, turn: &mut Turn) {
+    pub fn take_snapshot(&mut self, force: bool, turn: &mut Turn) {
         let covered = self.log.appended();
+        if covered == self.snapshot_covered && !force {
+            return turn.effects.to_keeper.push(ForKeeper::Unchanged);
+        }
+        self.snapshot_covered = covered;
         let vshards = self
             .vshards
             .iter()
             .map(|v| (*v, self.log.last_index(*v), snapshot::encode(&self.catalog, *v)))
             .collect();
-        self.snapshot = Some(Snapshot { covered, vshards, live: self.catalog.usage().by_slot() });
+        self.snapshot = Some(Snapshot { covered, durable: covered, vshards, live: self.catalog.usage().by_slot() });
         self.force_sync();
         self.advance(turn);
     }
@@ -1409,7 +1417,7 @@ impl Topics {
             left.extend(topic.index.live_from(Seq(0)).filter(|e| e.at.slot == slot).map(|e| (topic.id, e.seq)));
         }
         left.sort_unstable();
-        self.relocation = Some(Relocation { slot, left: left.into(), pending: 0 });
+        self.relocations.push_back(Relocation { slot, left: left.into(), pending: 0 });
     }
 
     /// Copies a few of the messages that hold an old segment to the end of the log.
@@ -1418,11 +1426,11 @@ impl Topics {
             if self.is_behind() || self.no_space.is_some() {
                 return;
             }
-            let Some(relocation) = &mut self.relocation else { return };
+            let Some(relocation) = self.relocations.front() else { return };
             let Some((topic_id, seq)) = relocation.left.front().copied() else {
                 if relocation.pending == 0 {
                     turn.effects.to_keeper.push(ForKeeper::Relocated { slot: relocation.slot });
-                    self.relocation = None;
+                    self.relocations.pop_front();
                 }
                 return;
             };
@@ -1438,8 +1446,8 @@ impl Topics {
             };
             let Ok((Record::Published(published) | Record::Relocated(published), _)) = Record::decode(&bytes) else {
                 tracing::error!(slot = slot.0, offset = entry.at.offset, "a live message cannot be read back; its segment stays");
-                self.relocation = None;
-                return;
+                self.pop_relocation(0);
+                continue;
             };
             let record = Record::Relocated(published);
             let Ok((at, end)) = self.append(topic_id.vshard, &record, Class::Publish, turn.now.wall) else { return };
@@ -1449,7 +1457,7 @@ impl Topics {
     }
 
     fn pop_relocation(&mut self, pending: usize) {
-        if let Some(relocation) = &mut self.relocation {
+        if let Some(relocation) = self.relocations.front_mut() {
             relocation.left.pop_front();
             relocation.pending += pending;
         }
