@@ -18,8 +18,9 @@ const START_ATTEMPTS: u32 = 5;
 
 /// A running (or killed) `blipmqd`. Ended, and its store deleted, when dropped.
 pub struct Broker {
+    // In the order in which they go.
     process: Process,
-    dir: PathBuf,
+    dir: Dir,
     env: Vec<(String, String)>,
     port: u16,
     metrics_port: u16,
@@ -42,9 +43,10 @@ impl Broker {
         static SERIAL: AtomicU32 = AtomicU32::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("broker-{}-{serial}", process::id()));
-        fs::create_dir_all(&dir).expect("a directory for the store");
+        let dir = Dir(dir);
+        fs::create_dir_all(&dir.0).expect("a directory for the store");
         let env: Vec<_> = env.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-        let (process, port, metrics_port) = spawn_until_ready(&dir, &env);
+        let (process, port, metrics_port) = spawn_until_ready(&dir.0, &env);
         Broker { process, dir, env, port, metrics_port }
     }
 
@@ -76,7 +78,7 @@ impl Broker {
 
     /// The store's directory.
     pub fn store(&self) -> PathBuf {
-        self.dir.join("store")
+        self.dir.0.join("store")
     }
 
     /// SIGKILL.
@@ -86,7 +88,7 @@ impl Broker {
 
     /// Starts a killed or stopped broker again, over the same store.
     pub fn restart(&mut self) {
-        (self.process, self.port, self.metrics_port) = spawn_until_ready(&self.dir, &self.env);
+        (self.process, self.port, self.metrics_port) = spawn_until_ready(&self.dir.0, &self.env);
     }
 
     /// Sends `signal` (`TERM`, `INT`) and waits for the end.
@@ -115,9 +117,17 @@ impl Drop for Broker {
     fn drop(&mut self) {
         self.process.kill();
         if std::thread::panicking() {
-            eprintln!("the broker said:\n{}", log(&self.dir));
+            eprintln!("the broker said:\n{}", log(&self.dir.0));
         }
-        fs::remove_dir_all(&self.dir).ok();
+    }
+}
+
+/// Deleted with its owner.
+struct Dir(PathBuf);
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).ok();
     }
 }
 
