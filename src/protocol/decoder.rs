@@ -355,6 +355,14 @@ mod tests {
         assert_eq!(decoder.next(None, true), Ok(None));
         assert_eq!(decoder.buffered(), 5);
         assert!(chunk.is_unique(), "the tail does not keep the chunk alive");
+
+        // Also a frame that ends where its chunk ends.
+        let chunk = Bytes::from(publish);
+        let inside = |bytes: &Bytes| chunk.as_ptr_range().contains(&bytes.as_ptr());
+        let mut decoder = Decoder::new();
+        decoder.push(chunk.clone());
+        let publish = decoder.next(None, true).expect("a good frame").expect("the whole frame");
+        assert!(matches!(publish.kind, RequestKind::Publish(publish) if inside(&publish.payload)));
     }
 
     #[test]

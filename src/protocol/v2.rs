@@ -537,6 +537,7 @@ mod tests {
                 (b"\0\0\0\0\0\0\0\0\0\0\0\x01", zero),
                 (b"\0\0\0\0\0\0\0\x01\0\x01\0\0", Some(code::INVALID_CREDIT_VALUE)),
                 (b"\0\0\0\0\0\0\0\x01\0\0\0\0", None),
+                (b"\0\0\0\0\0\0\0\x01\0\0\xff\xff", None),
             ],
         );
         check(
