@@ -6,6 +6,12 @@ pub const FRAME_LEN_MAX: u32 = 16 * 1024 * 1024;
 pub const FRAME_LEN_MIN: u32 = 9;
 /// Largest frame before AUTH succeeded.
 pub const FRAME_LEN_MAX_BEFORE_AUTH: u32 = 4 * 1024;
+/// A connection must be logged in by then, by default.
+pub const AUTH_DEADLINE_MS: u64 = 5_000;
+/// Connections that have not logged in yet, over one core, by default.
+pub const UNAUTHENTICATED_PER_CORE_MAX: usize = 1_024;
+/// Bytes of requests a connection may have read but not yet processed, by default; beyond it its socket is not read.
+pub const STALLED_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Failed AUTHs one address may make at once; refilled at one per second.
 pub const AUTH_FAILURES_BURST: u32 = 64;
 /// Addresses whose failed AUTHs one core remembers.
