@@ -182,7 +182,10 @@ pub struct Log {
 impl Log {
     pub fn new(config: LogConfig, first: Grant) -> Log {
         let size = config.segment_size;
-        assert!((SEGMENT_SIZE_MIN..=SEGMENT_SIZE_MAX).contains(&size) && size % BLOCK as u32 == 0, "segment size");
+        assert!(
+            (SEGMENT_SIZE_MIN..=SEGMENT_SIZE_MAX).contains(&size) && size.is_multiple_of(BLOCK as u32),
+            "segment size"
+        );
         // Until another segment is granted this one is the last, so only `Control` may use it.
         let segment = Use { slot: first.slot, sequence: 0, salt: first.salt, created: first.created, emergency: true };
         let mut log = Log {
