@@ -1,0 +1,245 @@
+//! Replies to bytes, in the connection's dialect.
+//!
+//! Owns: the layout of everything the broker sends. Never: fails, waits, allocates per message beyond the one growing buffer.
+//! What a dialect has no frame for is silence: v1 knows no confirm, no PING from the broker, no GOAWAY.
+
+use bytes::Bytes;
+
+use crate::protocol::frame::{self, CONFIRM_FRAME_MAX, HEADER_LEN};
+use crate::protocol::options::{self, OptionsBuilder};
+use crate::protocol::reply::{Deliver, Outcome, Reply, Welcome};
+use crate::protocol::request::Version;
+use crate::types::Qos;
+
+/// WELCOME's server name.
+pub const SERVER_NAME: &str = "blipmq";
+/// WELCOME's server version.
+pub const SERVER_VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Replies of one connection, encoded one behind the other. Consecutive confirms share a frame.
+#[derive(Debug, Default)]
+pub struct Encoder {
+    out: Vec<u8>,
+    /// Start of the last frame in `out`, if that is a CONFIRM.
+    confirm_at: Option<usize>,
+}
+
+impl Encoder {
+    pub fn new() -> Encoder {
+        Encoder::default()
+    }
+
+    pub fn encode(&mut self, reply: &Reply, version: Version) {
+        if let (Version::V2, Reply::Confirm { cid, outcome }, Some(start)) = (version, reply, self.confirm_at)
+            && self.out.len() - start + confirm_len(outcome) <= CONFIRM_FRAME_MAX
+        {
+            confirm(*cid, outcome, &mut self.out);
+            frame::finish(start, &mut self.out);
+            return;
+        }
+        let start = self.out.len();
+        encode(reply, version, &mut self.out);
+        let confirms = version == Version::V2 && matches!(reply, Reply::Confirm { .. });
+        // A reply that v1 has no frame for leaves nothing behind.
+        if self.out.len() > start {
+            self.confirm_at = confirms.then_some(start);
+        }
+    }
+
+    /// Bytes encoded and not taken.
+    pub fn len(&self) -> usize {
+        self.out.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.out.is_empty()
+    }
+
+    /// Takes all bytes; goes on in `spare`, whose content is dropped and whose memory is used.
+    pub fn take(&mut self, mut spare: Vec<u8>) -> Vec<u8> {
+        spare.clear();
+        self.confirm_at = None;
+        std::mem::replace(&mut self.out, spare)
+    }
+}
+
+/// Appends `reply` to `out` as a frame of its own.
+pub fn encode(reply: &Reply, version: Version, out: &mut Vec<u8>) {
+    match version {
+        Version::V1 => encode_v1(reply, out),
+        Version::V2 => encode_v2(reply, out),
+    }
+}
+
+fn encode_v1(reply: &Reply, out: &mut Vec<u8>) {
+    match reply {
+        Reply::AckV1 { cid, id } => ack_v1(*cid, *id, out),
+        Reply::Welcome { cid, .. } => ack_v1(*cid, 0, out),
+        Reply::Subscribed { cid, sub, .. } => ack_v1(*cid, sub.0, out),
+        Reply::Error { cid, code, text } | Reply::Confirm { cid, outcome: Outcome::Rejected { code, text } } => {
+            code_and_text(frame::V1_NACK, *cid, *code, text, out);
+        }
+        Reply::Deliver(deliver) => deliver_v1(deliver, out),
+        Reply::Pong { cid } => empty(frame::PONG, *cid, out),
+        Reply::Ok { .. }
+        | Reply::Confirm { .. }
+        | Reply::Aliased { .. }
+        | Reply::Ping { .. }
+        | Reply::GoAway { .. } => {}
+    }
+}
+
+fn encode_v2(reply: &Reply, out: &mut Vec<u8>) {
+    match reply {
+        // HELLO's answer is WELCOME, SUBSCRIBE's is SUBSCRIBED: what is left of v1's ACK is "done".
+        Reply::AckV1 { cid, .. } | Reply::Ok { cid } => {
+            out.extend_from_slice(&frame::header(frame::OK, *cid, 2));
+            out.extend_from_slice(&[0, 0]);
+        }
+        Reply::Error { cid, code, text } => code_and_text(frame::ERROR, *cid, *code, text, out),
+        Reply::GoAway { code, text } => code_and_text(frame::GOAWAY, 0, *code, text, out),
+        Reply::Welcome { cid, welcome } => welcome_v2(*cid, welcome, out),
+        Reply::Confirm { cid, outcome } => {
+            out.reserve(HEADER_LEN + confirm_len(outcome));
+            let start = frame::begin(frame::CONFIRM, 0, out);
+            confirm(*cid, outcome, out);
+            frame::finish(start, out);
+        }
+        Reply::Subscribed { cid, sub, core, resumed, backlog } => {
+            out.extend_from_slice(&frame::header(frame::SUBSCRIBED, *cid, 21));
+            out.extend_from_slice(&sub.0.to_be_bytes());
+            out.extend_from_slice(&core.0.to_be_bytes());
+            out.push(u8::from(*resumed));
+            out.extend_from_slice(&backlog.to_be_bytes());
+            out.extend_from_slice(&[0, 0]);
+        }
+        Reply::Aliased { cid, alias, core } => {
+            out.extend_from_slice(&frame::header(frame::ALIASED, *cid, 6));
+            out.extend_from_slice(&alias.to_be_bytes());
+            out.extend_from_slice(&core.0.to_be_bytes());
+        }
+        Reply::Deliver(deliver) => deliver_v2(deliver, out),
+        Reply::Pong { cid } => empty(frame::PONG, *cid, out),
+        Reply::Ping { cid } => empty(frame::PING, *cid, out),
+    }
+}
+
+/// `u64 subscription | u64 tag | u16 attempt | u8 flags | u64 publish time | body`
+fn deliver_v2(deliver: &Deliver, out: &mut Vec<u8>) {
+    const FIELDS: usize = 27;
+    let mut head = [0; HEADER_LEN + FIELDS];
+    let mut flags = 0;
+    if deliver.qos == Qos::AtLeastOnce {
+        flags |= frame::DELIVER_QOS1;
+    }
+    if deliver.redelivered {
+        flags |= frame::DELIVER_REDELIVERED;
+    }
+    let body = &deliver.body.0;
+    head[..HEADER_LEN].copy_from_slice(&frame::header(frame::DELIVER, 0, FIELDS + body.len()));
+    head[13..21].copy_from_slice(&deliver.sub.0.to_be_bytes());
+    head[21..29].copy_from_slice(&deliver.tag.0.to_be_bytes());
+    head[29..31].copy_from_slice(&deliver.attempt.to_be_bytes());
+    head[31] = flags;
+    head[32..40].copy_from_slice(&deliver.published_ms.to_be_bytes());
+    out.reserve(head.len() + body.len());
+    out.extend_from_slice(&head);
+    out.extend_from_slice(body);
+}
+
+/// `u8 qos | string topic | message`
+fn deliver_v1(deliver: &Deliver, out: &mut Vec<u8>) {
+    const FIELDS: usize = 3;
+    let (topic, message) = (&deliver.topic, deliver.body.payload());
+    let topic_len = u16::try_from(topic.len()).expect("a topic's name fits TOPIC_NAME_MAX");
+    let mut head = [0; HEADER_LEN + FIELDS];
+    let header = frame::header(frame::V1_PUBLISH, deliver.cid, FIELDS + topic.len() + message.len());
+    head[..HEADER_LEN].copy_from_slice(&header);
+    head[13] = deliver.qos as u8;
+    head[14..16].copy_from_slice(&topic_len.to_be_bytes());
+    out.reserve(head.len() + topic.len() + message.len());
+    out.extend_from_slice(&head);
+    out.extend_from_slice(topic);
+    out.extend_from_slice(message);
+}
+
+/// `u64 correlation id | u8 status | ...`
+fn confirm(cid: u64, outcome: &Outcome, out: &mut Vec<u8>) {
+    let (status, level, position) = match outcome {
+        Outcome::Stored { level, position } => (frame::CONFIRM_STORED, *level, *position),
+        Outcome::Duplicate { level, position } => (frame::CONFIRM_DUPLICATE, *level, *position),
+        Outcome::Rejected { code, text } => {
+            out.extend_from_slice(&cid.to_be_bytes());
+            out.push(frame::CONFIRM_REJECTED);
+            out.extend_from_slice(&code.to_be_bytes());
+            put_text(text, out);
+            return;
+        }
+    };
+    let mut entry = [0; CONFIRM_ENTRY_LEN];
+    entry[..8].copy_from_slice(&cid.to_be_bytes());
+    entry[8] = status;
+    entry[9] = level as u8;
+    entry[10..].copy_from_slice(&position.0.to_be_bytes());
+    out.extend_from_slice(&entry);
+}
+
+/// Bytes of a confirm that is no rejection.
+const CONFIRM_ENTRY_LEN: usize = 18;
+
+fn confirm_len(outcome: &Outcome) -> usize {
+    match outcome {
+        Outcome::Stored { .. } | Outcome::Duplicate { .. } => CONFIRM_ENTRY_LEN,
+        Outcome::Rejected { text, .. } => 13 + text.len(),
+    }
+}
+
+/// `u16 version | u16 cores | u16 this core | options`
+fn welcome_v2(cid: u64, welcome: &Welcome, out: &mut Vec<u8>) {
+    let mut entries = OptionsBuilder::new()
+        .bytes(options::WELCOME_SERVER_NAME, SERVER_NAME.as_bytes())
+        .bytes(options::WELCOME_SERVER_VERSION, SERVER_VERSION.as_bytes())
+        .u32(options::WELCOME_FRAME_MAX, welcome.frame_len_max)
+        .u32(options::WELCOME_CREDIT_MAX, welcome.credit_max)
+        .u64(options::WELCOME_FEATURES, frame::FEATURES)
+        .u32(options::WELCOME_KEEPALIVE, welcome.keepalive_ms);
+    if !welcome.ports.is_empty() {
+        let ports: Vec<u8> = welcome.ports.iter().flat_map(|port| port.to_be_bytes()).collect();
+        entries = entries.bytes(options::WELCOME_CORE_PORTS, &ports);
+    }
+    let entries = entries.finish().expect("a broker has fewer cores than would fill OPTIONS_LEN_MAX with ports");
+    let start = frame::begin(frame::WELCOME, cid, out);
+    out.extend_from_slice(&2u16.to_be_bytes());
+    out.extend_from_slice(&welcome.cores.to_be_bytes());
+    out.extend_from_slice(&welcome.core.0.to_be_bytes());
+    out.extend_from_slice(&(entries.len() as u16).to_be_bytes());
+    out.extend_from_slice(&entries);
+    frame::finish(start, out);
+}
+
+fn ack_v1(cid: u64, id: u64, out: &mut Vec<u8>) {
+    out.extend_from_slice(&frame::header(frame::V1_ACK, cid, 8));
+    out.extend_from_slice(&id.to_be_bytes());
+}
+
+fn empty(frame_type: u8, cid: u64, out: &mut Vec<u8>) {
+    out.extend_from_slice(&frame::header(frame_type, cid, 0));
+}
+
+/// `u16 code | string text`
+fn code_and_text(frame_type: u8, cid: u64, code: u16, text: &Bytes, out: &mut Vec<u8>) {
+    let start = frame::begin(frame_type, cid, out);
+    out.extend_from_slice(&code.to_be_bytes());
+    put_text(text, out);
+    frame::finish(start, out);
+}
+
+/// `u16 length | UTF-8`, cut between two characters if it is too long for its length field.
+fn put_text(text: &[u8], out: &mut Vec<u8>) {
+    let mut len = text.len().min(usize::from(u16::MAX));
+    while len < text.len() && text[len] & 0b1100_0000 == 0b1000_0000 {
+        len -= 1;
+    }
+    out.extend_from_slice(&(len as u16).to_be_bytes());
+    out.extend_from_slice(&text[..len]);
+}
