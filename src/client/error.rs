@@ -23,7 +23,7 @@ pub enum Error {
     /// The broker answered this one request with an error; it had no effect.
     #[error("the broker refused: {text} (code {code})")]
     Refused { code: u16, text: String },
-    /// The connection ended before the answer came. Publishes never end this way: they are sent again.
+    /// The connection ended before the answer came. Publishes at QoS1 never end this way: they are sent again.
     #[error("the connection ended before the broker answered; the client reconnects by itself, try again")]
     Disconnected,
     /// The client has ended: it was closed, or it gave up reconnecting. `reason` says which.

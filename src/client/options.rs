@@ -145,7 +145,9 @@ impl ClientOptions {
         if self.ping_interval < Duration::from_millis(10) {
             return invalid("ping_interval", "at least 10 ms");
         }
-        if self.reconnect.first_delay < Duration::from_millis(1) || self.reconnect.max_delay < self.reconnect.first_delay {
+        if self.reconnect.first_delay < Duration::from_millis(1)
+            || self.reconnect.max_delay < self.reconnect.first_delay
+        {
             return invalid("reconnect", "first_delay at least 1 ms, max_delay not below it");
         }
         if self.key.len() > limits::FRAME_LEN_MAX_BEFORE_AUTH as usize - KEY_FRAMING {

@@ -6,19 +6,20 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::task::Waker;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use rustc_hash::FxHashMap;
 use tokio::sync::oneshot;
 
 use super::publish::{Confirmed, Status};
 use super::{Dedup, Error};
 use crate::limits;
-use crate::protocol::frame;
+use crate::protocol::client_side::encode_request;
+use crate::protocol::code;
 use crate::protocol::reply::{Deliver, Outcome, Reply, Welcome};
 use crate::protocol::request::{
-    Identity, Publish, RejectAction, Request, RequestKind, Subscribe, TagRanges, TopicRef, UnsubscribeMode,
+    Identity, Publish, RejectAction, Request, RequestKind, Subscribe, TagRanges, TopicRef, UnsubscribeMode, Version,
 };
-use crate::types::{ClientSub, Qos};
+use crate::types::{ClientSub, DeliveryTag, Qos};
 
 /// A subscription's name inside this client; the broker's id changes with each connection.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -44,8 +45,10 @@ pub(super) enum Phase {
 pub(super) enum Fault {
     /// Trying again may help.
     Broken(String),
-    /// Trying again will not help.
-    Fatal(Error),
+    /// The key is not known there. Trying again will not help.
+    Unauthorized { code: u16, text: String },
+    /// No version 2 there. Trying again will not help.
+    Unsupported { text: String },
 }
 
 /// What to do when a publish is answered.
@@ -96,7 +99,7 @@ struct Sub {
     leaving: Option<Leaving>,
     queue: VecDeque<Arrived>,
     queued_bytes: usize,
-    /// QoS0 messages that found the queue full.
+    /// Deliveries that the program was too slow for.
     dropped: u64,
     waker: Option<Waker>,
     acks: Ranges,
@@ -132,7 +135,7 @@ pub(super) struct Session {
     generation: Generation,
     next_cid: u64,
     next_sub: u64,
-    out: BytesMut,
+    out: Vec<u8>,
     /// Window share of publishes in `out` that will not be confirmed: free once written.
     out_unconfirmed: Room,
     pending: FxHashMap<u64, Pending>,
@@ -145,9 +148,11 @@ pub(super) struct Session {
     welcome: Option<Welcome>,
     /// Room in the window to give back.
     freed: Room,
-    /// A queue refused a message: reading on makes sense only if somebody waits for an answer.
-    queue_full: bool,
-    /// QoS0 publishes and others without confirm that the broker refused.
+    /// Some queue may be crowded: reading on makes sense only if somebody waits for what is behind.
+    crowded: bool,
+    /// The socket is not read until the program has taken deliveries, or waits for an answer.
+    paused: bool,
+    /// Requests nobody waits for, publishes without confirm among them, that the broker refused.
     refused_unconfirmed: u64,
     /// Handles are gone or `close` was called: finish what is under way, take nothing new.
     pub(super) closing: bool,
@@ -166,8 +171,9 @@ pub(super) struct Room {
 const ALIAS_AFTER: u32 = 4;
 /// Topics whose use is counted; when full, those without an alias are forgotten.
 const SPELLINGS_MAX: usize = 4 * limits::ALIASES_PER_CONN_MAX;
-/// Deliveries at QoS0 that may wait for the program, in messages and bytes.
-pub(super) const QUEUE_MESSAGES_MAX: usize = 65_536;
+/// Deliveries of one subscription that may wait for the program. At QoS1 the credit is below it.
+const QUEUE_MESSAGES_MAX: usize = 65_536;
+/// Bytes of those at QoS0.
 const QUEUE_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Ranges in one ACK or REJECT.
 const RANGES_PER_FRAME: usize = 1_024;
@@ -185,7 +191,7 @@ impl Session {
             generation: Generation::default(),
             next_cid: 1,
             next_sub: 1,
-            out: BytesMut::new(),
+            out: Vec::new(),
             out_unconfirmed: Room::default(),
             pending: FxHashMap::default(),
             controls: FxHashMap::default(),
@@ -196,7 +202,8 @@ impl Session {
             next_alias: 1,
             welcome: None,
             freed: Room::default(),
-            queue_full: false,
+            crowded: false,
+            paused: false,
             refused_unconfirmed: 0,
             closing: false,
             ended: None,
@@ -216,11 +223,20 @@ impl Session {
     pub(super) fn on_down(&mut self) {
         self.phase = Phase::Down;
         self.out.clear();
-        self.free(std::mem::take(&mut self.out_unconfirmed));
+        let unwritten = std::mem::take(&mut self.out_unconfirmed);
+        self.freed.messages += unwritten.messages;
+        self.freed.bytes += unwritten.bytes;
         self.spellings.clear();
         self.next_alias = 1;
         self.by_id.clear();
         self.dirty.clear();
+        // At most once: what may have arrived is not sent again.
+        let lost = self.pending.extract_if(|_, pending| pending.sent && pending.publish.qos == Qos::AtMostOnce);
+        for (_, pending) in lost {
+            self.freed.messages += 1;
+            self.freed.bytes += pending.cost as usize;
+            drop(pending.answer.send(Err(Error::Disconnected)));
+        }
         for pending in self.pending.values_mut() {
             pending.sent = false;
         }
@@ -245,14 +261,15 @@ impl Session {
                 sub.queued_bytes = 0;
             }
             // Being without a connection is all that leaving asks for, unless the broker keeps a queue to delete.
-            if sub.leaving.as_ref().is_some_and(|l| l.mode == UnsubscribeMode::Detach || sub.request.durable.is_none()) {
+            if sub.leaving.as_ref().is_some_and(|l| l.mode == UnsubscribeMode::Detach || sub.request.durable.is_none())
+            {
                 left.push(*key);
             }
         }
         for key in left {
             self.end_sub(key, None);
         }
-        self.queue_full = false;
+        self.crowded = false;
     }
 
     /// No connection will be made again: everybody who waits is told `why`.
@@ -307,24 +324,24 @@ impl Session {
         self.pending.is_empty() && self.controls.is_empty() && self.out.is_empty() && self.dirty.is_empty()
     }
 
-    /// Whether more deliveries would be dropped while nobody would be kept from an answer by not reading on.
-    pub(super) fn may_pause_reading(&self) -> bool {
-        self.queue_full
+    /// Whether to leave the socket unread: the broker's queues are the better place for what the program does not take,
+    /// unless somebody waits for an answer, or for a delivery of another subscription, that may be behind it.
+    pub(super) fn pauses_reading(&mut self) -> bool {
+        self.crowded = self.crowded && self.subs.values().any(Sub::is_crowded);
+        self.paused = self.crowded
             && self.pending.is_empty()
             && self.controls.is_empty()
-            && self.subs.values().all(|sub| sub.waker.is_none())
-            && self.subs.values().any(|sub| sub.queue.len() >= sub.queue_messages_max() / 2)
+            && self.subs.values().all(|sub| sub.waker.is_none());
+        self.paused
     }
 
     // ---- what goes out ----
 
-    /// Moves everything to be written to the empty `into`. Returns window room that is free once it is written.
-    pub(super) fn take_output(&mut self, into: &mut BytesMut) -> Room {
+    /// Exchanges everything to be written for the empty `into`. Returns window room that is free once it is written.
+    pub(super) fn take_output(&mut self, into: &mut Vec<u8>) -> Room {
         debug_assert!(into.is_empty());
         self.flush_acks();
-        if into.capacity() > OUT_KEPT {
-            *into = BytesMut::new();
-        }
+        into.shrink_to(OUT_KEPT);
         std::mem::swap(&mut self.out, into);
         std::mem::take(&mut self.out_unconfirmed)
     }
@@ -340,11 +357,6 @@ impl Session {
         self.send(cid, RequestKind::Ping);
     }
 
-    fn free(&mut self, room: Room) {
-        self.freed.messages += room.messages;
-        self.freed.bytes += room.bytes;
-    }
-
     fn cid(&mut self) -> u64 {
         let cid = self.next_cid;
         self.next_cid += 1;
@@ -352,7 +364,8 @@ impl Session {
     }
 
     fn send(&mut self, cid: u64, kind: RequestKind) {
-        frame::encode_request(&Request { cid, kind }, &mut self.out);
+        encode_request(&Request { cid, kind }, Version::V2, &mut self.out)
+            .expect("lengths are checked when a request is made");
     }
 
     fn control(&mut self, kind: RequestKind, control: Control) {
@@ -372,7 +385,7 @@ impl Session {
         let (answer, answered) = oneshot::channel();
         let cid = self.cid();
         publish.confirm = true;
-        if publish.identity.is_none() {
+        if publish.identity.is_none() && publish.qos == Qos::AtLeastOnce {
             publish.identity = self.identity(cid);
         }
         self.pending.insert(cid, Pending { publish, cost, sent: false, answer });
@@ -504,12 +517,10 @@ impl Session {
     /// The next delivery; `Err` when there is none: whether there may be more.
     pub(super) fn next_delivery(&mut self, key: SubKey, waker: Option<&Waker>) -> Result<Arrived, bool> {
         let Some(sub) = self.subs.get_mut(&key) else { return Err(false) };
-        if let Some(arrived) = sub.queue.pop_front() {
-            sub.queued_bytes -= arrived.deliver.body.0.len();
+        if let Some(arrived) = sub.take_first() {
             sub.waker = None;
             return Ok(arrived);
         }
-        self.queue_full = false;
         if matches!(sub.attach, Attach::Ended(_)) {
             return Err(false);
         }
@@ -520,6 +531,11 @@ impl Session {
             }
         }
         Err(true)
+    }
+
+    /// Whether the socket is left unread although it need not be any more.
+    pub(super) fn should_resume(&mut self, key: SubKey) -> bool {
+        self.paused && self.subs.get(&key).is_none_or(|sub| !sub.is_crowded()) && !self.pauses_reading()
     }
 
     /// Why a subscription ended, if it did and not because the program asked.
@@ -556,14 +572,16 @@ impl Session {
             return;
         };
         sub.leaving = Some(Leaving { mode, answer });
-        let forgotten = sub.subscribed.as_ref().is_some_and(|answer| answer.is_closed());
         match sub.attach {
             Attach::Active(id) => self.send_unsubscribe(key, id, mode),
-            // SUBSCRIBED is still to come; then it leaves.
-            Attach::Wanted if self.phase == Phase::Up && !forgotten => {}
-            Attach::Wanted if self.phase == Phase::Up => {}
-            Attach::Wanted if mode == UnsubscribeMode::Delete && sub.request.durable.is_some() => {}
-            Attach::Wanted => self.end_sub(key, None),
+            Attach::Wanted => {
+                // Only the broker's id lets one leave. There is nothing to leave if SUBSCRIBE never went out.
+                let durable = sub.request.durable.is_some();
+                let asked = self.controls.values().any(|control| matches!(control, Control::Subscribe(k) if *k == key));
+                if !asked && !(durable && mode == UnsubscribeMode::Delete) {
+                    self.end_sub(key, None);
+                }
+            }
             Attach::Ended(_) => self.end_sub(key, None),
         }
     }
@@ -648,7 +666,7 @@ impl Session {
         if generation != self.generation {
             return None;
         }
-        self.subs.get_mut(&key).filter(|sub| matches!(sub.attach, Attach::Active(_)))
+        self.subs.get_mut(&key).filter(|sub| matches!(sub.attach, Attach::Active(_)) && sub.leaving.is_none())
     }
 
     fn mark_dirty(&mut self, key: SubKey) {
@@ -731,7 +749,7 @@ impl Session {
                 Ok(())
             }
             Reply::Ping { cid } => {
-                frame::encode_pong(cid, &mut self.out);
+                self.send(cid, RequestKind::Ignored);
                 Ok(())
             }
             Reply::Pong { .. } => Ok(()),
@@ -761,12 +779,15 @@ impl Session {
 
     fn on_error(&mut self, cid: u64, code: u16, text: &[u8]) -> Result<(), Fault> {
         let text = String::from_utf8_lossy(text).into_owned();
-        let refused = Error::Refused { code, text };
-        match self.controls.remove(&cid) {
-            Some(Control::Hello) => return Err(Fault::Fatal(refused)),
+        let control = self.controls.remove(&cid);
+        if matches!(control, Some(Control::Hello)) {
+            return Err(Fault::Unsupported { text });
+        }
+        let refused = Error::Refused { code, text: text.clone() };
+        match control {
             // Too many failures from this address, or a broker that stops: worth another try.
             Some(Control::Auth) if refused.is_transient() => return Err(Fault::Broken(refused.to_string())),
-            Some(Control::Auth) => return Err(Fault::Fatal(refused)),
+            Some(Control::Hello | Control::Auth) => return Err(Fault::Unauthorized { code, text }),
             Some(Control::Subscribe(key)) => self.end_sub(key, Some(refused)),
             // It is gone already, or stays behind: either way nothing more will arrive.
             Some(Control::Unsubscribe(key)) => self.end_sub(key, Some(refused)),
@@ -777,11 +798,14 @@ impl Session {
                 answers.into_iter().for_each(|answer| drop(answer.send(Err(refused.clone()))));
             }
             None if self.pending.contains_key(&cid) => self.on_rejected(cid, refused),
-            None if self.phase == Phase::Greeted => return Err(Fault::Fatal(refused)),
             None if cid == 0 => return Err(Fault::Broken(refused.to_string())),
             None => {
                 self.refused_unconfirmed += 1;
-                tracing::warn!(error = %refused, "the broker refused a request nobody waits for");
+                // Late acknowledgements are everyday, the rest is not.
+                match code {
+                    code::UNKNOWN => tracing::debug!(error = %refused, "an acknowledgement came too late"),
+                    _ => tracing::warn!(error = %refused, "the broker refused a request nobody waits for"),
+                }
             }
         }
         Ok(())
@@ -793,7 +817,8 @@ impl Session {
             Outcome::Duplicate { level, position } => (Status::Duplicate, level, position),
             Outcome::Rejected { code, text } => {
                 let text = String::from_utf8_lossy(&text).into_owned();
-                return self.on_rejected(cid, Error::Refused { code, text });
+                self.on_rejected(cid, Error::Refused { code, text });
+                return;
             }
         };
         if let Some(pending) = self.take_pending(cid) {
@@ -804,11 +829,11 @@ impl Session {
 
     fn on_rejected(&mut self, cid: u64, refused: Error) {
         // A broker that stops refuses publishes; the one that follows it takes them.
-        if self.phase == Phase::Leaving
-            && refused.is_transient()
+        if matches!(refused, Error::Refused { code: code::SHUTTING_DOWN, .. })
             && let Some(pending) = self.pending.get_mut(&cid)
         {
             pending.sent = false;
+            self.phase = Phase::Leaving;
             return;
         }
         if let Some(pending) = self.take_pending(cid) {
@@ -849,25 +874,20 @@ impl Session {
         }
         if deliver.qos == Qos::AtLeastOnce
             && (deliver.attempt > 1 || deliver.redelivered)
-            && let Some(at) = sub.queue.iter().position(|a| a.deliver.tag == deliver.tag && a.deliver.qos == deliver.qos)
+            && let Some(at) =
+                sub.queue.iter().position(|a| a.deliver.tag == deliver.tag && a.deliver.qos == deliver.qos)
         {
             // The program has not seen the earlier attempt yet: one copy will do.
-            if let Some(earlier) = sub.queue.remove(at) {
-                sub.queued_bytes -= earlier.deliver.body.0.len();
-            }
+            sub.forget(at);
         }
-        if sub.queue.len() >= sub.queue_messages_max() || (sub.queued_bytes >= QUEUE_BYTES_MAX && sub.unreliable()) {
-            self.queue_full = true;
-            // At QoS1 this one was given up by the broker, or will be delivered again; at QoS0 it is lost, and counted.
-            if let Some(oldest) = sub.queue.pop_front() {
-                sub.queued_bytes -= oldest.deliver.body.0.len();
-                sub.dropped += u64::from(oldest.deliver.qos == Qos::AtMostOnce);
-            }
-        } else if sub.unreliable() && sub.queue.len() + 1 >= sub.queue_messages_max() / 2 {
-            self.queue_full = true;
+        if sub.queue.len() >= QUEUE_MESSAGES_MAX || (sub.queued_bytes >= QUEUE_BYTES_MAX && sub.is_unreliable()) {
+            // At QoS1 the broker gave this one up, or will deliver it again; at QoS0 it is lost, and counted.
+            sub.forget(0);
+            sub.dropped += 1;
         }
         sub.queued_bytes += deliver.body.0.len();
         sub.queue.push_back(Arrived { generation: self.generation, deliver });
+        self.crowded |= sub.is_crowded();
         if let Some(waker) = sub.waker.take() {
             waker.wake();
         }
@@ -875,18 +895,29 @@ impl Session {
 }
 
 impl Sub {
-    fn unreliable(&self) -> bool {
+    fn is_unreliable(&self) -> bool {
         self.request.qos == Qos::AtMostOnce
     }
 
-    /// At QoS1, QoS0 messages are among the deliveries too and do not count against the credit.
-    fn queue_messages_max(&self) -> usize {
-        QUEUE_MESSAGES_MAX.max(self.request.credit as usize)
+    /// Half full, so that what one read brings still fits.
+    fn is_crowded(&self) -> bool {
+        self.is_unreliable() && (self.queue.len() >= QUEUE_MESSAGES_MAX / 2 || self.queued_bytes >= QUEUE_BYTES_MAX / 2)
+    }
+
+    fn take_first(&mut self) -> Option<Arrived> {
+        let arrived = self.queue.pop_front()?;
+        self.queued_bytes -= arrived.deliver.body.0.len();
+        Some(arrived)
+    }
+
+    fn forget(&mut self, at: usize) {
+        if let Some(arrived) = self.queue.remove(at) {
+            self.queued_bytes -= arrived.deliver.body.0.len();
+        }
     }
 }
 
 fn tag_ranges(ranges: &[(u64, u64)]) -> TagRanges {
-    use crate::types::DeliveryTag;
     TagRanges(ranges.iter().map(|&(from, to)| (DeliveryTag(from), DeliveryTag(to))).collect())
 }
 

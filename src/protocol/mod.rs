@@ -12,4 +12,3 @@ pub mod reply;
 pub mod request;
 mod v1;
 mod v2;
-
