@@ -434,3 +434,87 @@ fn options_block(payload: &mut Bytes) -> Option<Bytes> {
     let entries = payload.split_to(len);
     OptionsReader::new(&entries).is_well_formed().then_some(entries)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::time::Duration;
+
+    fn publish() -> Publish {
+        Publish {
+            topic: TopicRef::Name(Bytes::from_static(b"demo")),
+            qos: Qos::AtLeastOnce,
+            confirm: true,
+            ttl: None,
+            delay: Duration::ZERO,
+            priority: 0,
+            identity: None,
+            options: Bytes::new(),
+            payload: Bytes::new(),
+        }
+    }
+
+    fn encode(kind: RequestKind, version: Version) -> Result<Vec<u8>, EncodeError> {
+        let mut out = b"before".to_vec();
+        let result = encode_request(&Request { cid: 1, kind }, version, &mut out);
+        assert!(result.is_ok() || out == b"before", "a failure leaves nothing");
+        result.map(|()| out.split_off(6))
+    }
+
+    #[test]
+    fn what_cannot_be_said_is_refused() {
+        let v1 = EncodeError::NotInVersion(Version::V1);
+        let credit = RequestKind::Credit { sub: ClientSub(1), credit: 1 };
+        assert_eq!(encode(credit, Version::V1), Err(v1));
+        let by_alias = Publish { topic: TopicRef::Alias(1), ..publish() };
+        assert_eq!(encode(RequestKind::Publish(by_alias), Version::V1), Err(v1));
+        let poll = RequestKind::Poll { sub: ClientSub(1) };
+        assert_eq!(encode(poll, Version::V2), Err(EncodeError::NotInVersion(Version::V2)));
+
+        let long_topic = Publish { topic: TopicRef::Name(vec![b'a'; 65_536].into()), ..publish() };
+        let long_options = Publish { options: vec![0; OPTIONS_LEN_MAX + 1].into(), ..publish() };
+        let overhead = 9 + 2 + 6 + 2;
+        let at = |len: usize| Publish { payload: vec![0; len].into(), ..publish() };
+        let most = FRAME_LEN_MAX as usize - overhead;
+        assert_eq!(encode(RequestKind::Publish(long_topic), Version::V2), Err(EncodeError::StringTooLong));
+        assert_eq!(encode(RequestKind::Publish(long_options), Version::V2), Err(OptionsTooLong.into()));
+        assert_eq!(encode(RequestKind::Publish(at(most)), Version::V2).map(|out| out.len()), Ok(16 * 1024 * 1024 + 4));
+        let too_long = EncodeError::FrameTooLong { len: 16 * 1024 * 1024 + 1 };
+        assert_eq!(encode(RequestKind::Publish(at(most + 1)), Version::V2), Err(too_long));
+    }
+
+    #[test]
+    fn identity_and_priority_are_sent_once_wherever_they_are_given() {
+        let fields =
+            Publish { priority: 3, identity: Some(Identity::MessageId(Bytes::from_static(b"m"))), ..publish() };
+        let entries = OptionsBuilder::new().bytes(options::MESSAGE_ID, b"m").u8(options::PRIORITY, 3).finish();
+        let both = Publish { options: entries.expect("short"), ..fields.clone() };
+        let sent = encode(RequestKind::Publish(fields), Version::V2);
+        assert!(sent.is_ok());
+        assert_eq!(sent, encode(RequestKind::Publish(both), Version::V2));
+    }
+
+    #[test]
+    fn v1_acknowledges_every_tag_of_a_range_by_itself() {
+        let tags = TagRanges(vec![(DeliveryTag(3), DeliveryTag(4))]);
+        let out = encode(RequestKind::Ack { sub: ClientSub(2), tags, confirm: false }, Version::V1);
+        let frame = |tag| [&frame::header(frame::V1_ACK, tag, 8)[..], &2u64.to_be_bytes()].concat();
+        assert_eq!(out, Ok([frame(3), frame(4)].concat()));
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_from_a_broker_never_panics(
+            frame_type in 0..=0x1fu8,
+            payload in proptest::collection::vec(prop_oneof![0..4u8, any::<u8>()], 0..60),
+            v1: bool,
+        ) {
+            let version = if v1 { Version::V1 } else { Version::V2 };
+            let mut decoder = ReplyDecoder::new(version);
+            decoder.push([&frame::header(frame_type, 1, payload.len())[..], &payload].concat().into());
+            while let Ok(Some(_)) = decoder.next_reply() {}
+        }
+    }
+}

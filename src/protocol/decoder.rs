@@ -162,3 +162,217 @@ pub(crate) fn string(payload: &mut Bytes) -> Option<Bytes> {
     std::str::from_utf8(&text).ok()?;
     Some(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::Index;
+
+    use super::*;
+    use crate::protocol::client_side::encode_request;
+    use crate::protocol::request::{RequestKind, TopicRef};
+    use crate::protocol::strategies;
+
+    /// All requests of `chunks`, and how the stream ended.
+    fn drain<'a>(
+        version: Version,
+        chunks: impl IntoIterator<Item = &'a [u8]>,
+        eager: bool,
+    ) -> (Vec<Request>, Result<usize, FrameError>) {
+        let mut decoder = Decoder::new();
+        let mut requests = Vec::new();
+        let mut take = |decoder: &mut Decoder| loop {
+            match decoder.next(Some(version), true) {
+                Ok(Some(request)) => requests.push(request),
+                Ok(None) => return Ok(()),
+                Err(error) => {
+                    assert_eq!(decoder.next(Some(version), true), Err(error), "an error lasts");
+                    return Err(error);
+                }
+            }
+        };
+        for chunk in chunks {
+            decoder.push(Bytes::copy_from_slice(chunk));
+            if eager && let Err(error) = take(&mut decoder) {
+                return (requests, Err(error));
+            }
+        }
+        let end = take(&mut decoder);
+        let buffered = decoder.buffered();
+        (requests, end.map(|()| buffered))
+    }
+
+    fn cut<'a>(stream: &'a [u8], cuts: &[Index]) -> Vec<&'a [u8]> {
+        let mut at: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
+        at.extend([0, stream.len()]);
+        at.sort_unstable();
+        at.windows(2).map(|pair| &stream[pair[0]..pair[1]]).collect()
+    }
+
+    fn version() -> impl Strategy<Value = Version> {
+        prop_oneof![Just(Version::V1), Just(Version::V2)]
+    }
+
+    fn stream() -> impl Strategy<Value = (Version, Vec<Request>)> {
+        version()
+            .prop_flat_map(|version| (Just(version), proptest::collection::vec(strategies::request(version), 1..8)))
+    }
+
+    /// What may follow the last good frame.
+    fn ending() -> impl Strategy<Value = Vec<u8>> {
+        prop_oneof![
+            3 => Just(Vec::new()),
+            1 => Just(frame::header(0x7f, 1, 0).to_vec()), // unknown type
+            1 => Just(vec![0, 0, 0, 8]),                   // too short
+            1 => Just(vec![1, 0, 0, 1]),                   // too long
+            1 => Just(vec![0, 0, 0, 9, 7]),                // not finished
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_gives_the_same_requests(
+            (version, requests) in stream(),
+            ending in ending(),
+            cuts in proptest::collection::vec(any::<Index>(), 0..12),
+            eager in any::<bool>(),
+        ) {
+            let mut bytes = Vec::new();
+            for request in &requests {
+                encode_request(request, version, &mut bytes).expect("encodable");
+            }
+            bytes.extend_from_slice(&ending);
+            let whole = drain(version, [&bytes[..]], true);
+            prop_assert_eq!(&whole.0, &requests, "round trip");
+            prop_assert_eq!(&drain(version, cut(&bytes, &cuts), eager), &whole);
+            prop_assert_eq!(&drain(version, bytes.chunks(1), eager), &whole, "byte at a time");
+            match whole.1 {
+                Ok(buffered) => prop_assert_eq!(buffered, ending.len()),
+                Err(_) => prop_assert!(!ending.is_empty()),
+            }
+        }
+
+        #[test]
+        fn garbage_never_panics(bytes: Vec<u8>, version in version(), cuts: [Index; 3]) {
+            drain(version, cut(&bytes, &cuts), true).1.ok();
+        }
+
+        #[test]
+        fn garbage_in_a_good_frame_gives_one_request(
+            frame_type in 0..=0x1fu8,
+            cid: u64,
+            payload in proptest::collection::vec(prop_oneof![0..4u8, any::<u8>()], 0..60),
+            version in version(),
+        ) {
+            let bytes = [&frame::header(frame_type, cid, payload.len())[..], &payload].concat();
+            let (requests, end) = drain(version, [&bytes[..]], true);
+            if frame::is_request(Some(version), frame_type) {
+                prop_assert_eq!(end, Ok(0));
+                prop_assert_eq!(requests.len(), 1);
+                prop_assert_eq!(requests[0].cid, cid);
+            } else {
+                prop_assert_eq!(end, Err(FrameError::UnknownType { frame_type }));
+            }
+        }
+    }
+
+    #[test]
+    fn a_length_is_judged_as_soon_as_it_is_there() {
+        let next = |len: u32, authenticated| {
+            let mut decoder = Decoder::new();
+            decoder.push(Bytes::copy_from_slice(&len.to_be_bytes()[..3]));
+            assert_eq!(decoder.next(None, authenticated), Ok(None));
+            decoder.push(Bytes::copy_from_slice(&len.to_be_bytes()[3..]));
+            decoder.next(None, authenticated)
+        };
+        for len in [0, 8, FRAME_LEN_MAX + 1, u32::MAX] {
+            assert_eq!(next(len, true), Err(FrameError::Length { len, max: FRAME_LEN_MAX }));
+        }
+        let max = FRAME_LEN_MAX_BEFORE_AUTH;
+        for len in [0, 8, max + 1, FRAME_LEN_MAX] {
+            assert_eq!(next(len, false), Err(FrameError::Length { len, max }));
+        }
+        for (len, authenticated) in [(9, false), (max, false), (max + 1, true), (FRAME_LEN_MAX, true)] {
+            assert_eq!(next(len, authenticated), Ok(None));
+        }
+    }
+
+    #[test]
+    fn an_unknown_type_is_judged_when_the_frame_is_whole() {
+        for frame_type in [0x00, 0x0a, 0x13, 0xff] {
+            let bytes = frame::header(frame_type, 1, 1);
+            let mut decoder = Decoder::new();
+            decoder.push(Bytes::copy_from_slice(&frame::header(frame::PING, 5, 0)));
+            decoder.push(Bytes::copy_from_slice(&bytes));
+            assert_eq!(decoder.next(None, false), Ok(Some(Request { cid: 5, kind: RequestKind::Ping })));
+            assert_eq!(decoder.next(None, false), Ok(None));
+            decoder.push(Bytes::from_static(b"x"));
+            assert_eq!(decoder.next(None, false), Err(FrameError::UnknownType { frame_type }));
+        }
+    }
+
+    #[test]
+    fn the_largest_frame_is_let_in_and_memory_follows_what_arrived() {
+        let payload = FRAME_LEN_MAX as usize - FRAME_LEN_MIN as usize;
+        let mut decoder = Decoder::new();
+        decoder.push(Bytes::copy_from_slice(&frame::header(frame::PING, 3, payload)));
+        assert_eq!(decoder.next(None, true), Ok(None));
+        let chunk = Bytes::from(vec![0; 100_000]);
+        let mut sent = HEADER_LEN;
+        while sent < HEADER_LEN + payload {
+            assert!(decoder.frames.partial.capacity() <= 2 * sent, "{} kept", decoder.frames.partial.capacity());
+            let part = chunk.slice(..chunk.len().min(HEADER_LEN + payload - sent));
+            sent += part.len();
+            decoder.push(part);
+            if sent < HEADER_LEN + payload {
+                assert_eq!(decoder.next(None, true), Ok(None));
+                assert_eq!(decoder.buffered(), sent);
+            }
+        }
+        decoder.push(Bytes::copy_from_slice(&frame::header(frame::PING, 4, 0)));
+        for cid in [3, 4] {
+            assert_eq!(decoder.next(None, true), Ok(Some(Request { cid, kind: RequestKind::Ping })));
+        }
+        assert_eq!(decoder.buffered(), 0);
+        assert_eq!(decoder.frames.partial.capacity(), 0, "an idle connection keeps nothing");
+    }
+
+    #[test]
+    fn whole_frames_are_slices_and_tails_are_copies() {
+        let publish = [&frame::header(frame::V1_PUBLISH, 1, 9)[..], b"\x01\0\x04demohi"].concat();
+        let chunk = Bytes::from([&publish[..], &publish, &publish[..5]].concat());
+        let inside = |bytes: &Bytes| chunk.as_ptr_range().contains(&bytes.as_ptr());
+        let mut decoder = Decoder::new();
+        decoder.push(chunk.clone());
+        for _ in 0..2 {
+            let Ok(Some(Request { kind: RequestKind::Publish(publish), .. })) = decoder.next(None, true) else {
+                panic!("a publish")
+            };
+            let TopicRef::Name(topic) = publish.topic else { panic!("by name") };
+            assert!(inside(&topic) && inside(&publish.payload));
+            assert_eq!((&topic[..], &publish.payload[..]), (&b"demo"[..], &b"hi"[..]));
+        }
+        assert_eq!(decoder.next(None, true), Ok(None));
+        assert_eq!(decoder.buffered(), 5);
+        assert!(chunk.is_unique(), "the tail does not keep the chunk alive");
+    }
+
+    #[test]
+    fn the_version_is_asked_for_every_frame() {
+        let mut bytes = Vec::new();
+        for kind in [RequestKind::Hello { version: 2 }, RequestKind::Auth { key: Bytes::from_static(b"k") }] {
+            encode_request(&Request { cid: 1, kind }, Version::V2, &mut bytes).expect("encodable");
+        }
+        bytes.extend_from_slice(&frame::header(frame::UNSUBSCRIBE, 2, 9));
+        bytes.extend_from_slice(b"\0\0\0\0\0\0\0\x01\0");
+        let mut decoder = Decoder::new();
+        decoder.push(bytes.into());
+        assert!(matches!(decoder.next(None, false), Ok(Some(Request { kind: RequestKind::Hello { version: 2 }, .. }))));
+        assert!(matches!(
+            decoder.next(Some(Version::V2), false),
+            Ok(Some(Request { kind: RequestKind::Auth { .. }, .. }))
+        ));
+        let unsubscribe = decoder.next(Some(Version::V2), true);
+        assert!(matches!(unsubscribe, Ok(Some(Request { kind: RequestKind::Unsubscribe { .. }, .. }))));
+    }
+}

@@ -243,3 +243,134 @@ fn put_text(text: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(&(len as u16).to_be_bytes());
     out.extend_from_slice(&text[..len]);
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::protocol::client_side::ReplyDecoder;
+    use crate::protocol::reply::Body;
+    use crate::protocol::strategies;
+    use crate::types::{ClientSub, CoreId, DeliveryTag, Durability, Lsn};
+
+    fn stored(cid: u64) -> Reply {
+        Reply::Confirm { cid, outcome: Outcome::Stored { level: Durability::Synced, position: Lsn(cid * 8) } }
+    }
+
+    fn frames(mut bytes: &[u8]) -> Vec<&[u8]> {
+        let mut frames = Vec::new();
+        while let Some(len) = bytes.first_chunk::<4>() {
+            let (frame, rest) = bytes.split_at(4 + u32::from_be_bytes(*len) as usize);
+            frames.push(frame);
+            bytes = rest;
+        }
+        frames
+    }
+
+    proptest! {
+        #[test]
+        fn replies_come_back_whatever_the_split(
+            (version, replies) in prop_oneof![Just(Version::V1), Just(Version::V2)].prop_flat_map(|version| {
+                (Just(version), proptest::collection::vec(strategies::reply(version), 1..10))
+            }),
+            chunk in 1..40usize,
+        ) {
+            let mut encoder = Encoder::new();
+            replies.iter().for_each(|reply| encoder.encode(reply, version));
+            let bytes = encoder.take(Vec::new());
+            let mut decoder = ReplyDecoder::new(version);
+            let mut read = Vec::new();
+            for part in bytes.chunks(chunk) {
+                decoder.push(Bytes::copy_from_slice(part));
+                while let Some(reply) = decoder.next_reply().expect("what we wrote") {
+                    read.push(reply);
+                }
+            }
+            prop_assert_eq!(read, replies);
+        }
+    }
+
+    #[test]
+    fn confirms_in_a_row_share_a_frame_up_to_its_limit() {
+        let mut encoder = Encoder::new();
+        let count = 10_000;
+        (0..count).for_each(|cid| encoder.encode(&stored(cid), Version::V2));
+        let bytes = encoder.take(Vec::new());
+        let frames = frames(&bytes);
+        let per_frame = (CONFIRM_FRAME_MAX - HEADER_LEN) / CONFIRM_ENTRY_LEN;
+        assert_eq!(frames.len(), (count as usize).div_ceil(per_frame));
+        assert!(frames.iter().all(|frame| frame.len() <= CONFIRM_FRAME_MAX));
+        assert_eq!(frames[0].len(), HEADER_LEN + per_frame * CONFIRM_ENTRY_LEN);
+    }
+
+    #[test]
+    fn only_neighbours_are_joined() {
+        let types = |bytes: &[u8]| frames(bytes).iter().map(|frame| frame[4]).collect::<Vec<_>>();
+        let mut encoder = Encoder::new();
+        for reply in [stored(1), stored(2), Reply::Pong { cid: 1 }, stored(3), stored(4)] {
+            encoder.encode(&reply, Version::V2);
+        }
+        assert_eq!(types(&encoder.take(Vec::new())), [frame::CONFIRM, frame::PONG, frame::CONFIRM]);
+
+        // A new buffer begins a new frame, even where an old one ended.
+        encoder.encode(&stored(1), Version::V2);
+        let spare = encoder.take(Vec::new());
+        encoder.encode(&Reply::Deliver(delivery(b"")), Version::V2);
+        let bytes = encoder.take(spare);
+        assert_eq!(types(&bytes), [frame::DELIVER]);
+        assert!(encoder.is_empty());
+        encoder.encode(&stored(2), Version::V2);
+        assert_eq!(encoder.len(), HEADER_LEN + CONFIRM_ENTRY_LEN);
+    }
+
+    fn delivery(message: &'static [u8]) -> Deliver {
+        Deliver {
+            sub: ClientSub(1),
+            tag: DeliveryTag(2),
+            cid: 3,
+            qos: Qos::AtLeastOnce,
+            attempt: 1,
+            redelivered: false,
+            published_ms: 0,
+            topic: Bytes::from_static(b"demo"),
+            body: Body([b"\0\x04\x04\0\x01\x09", message].concat().into()),
+        }
+    }
+
+    #[test]
+    fn v1_gets_the_message_without_options() {
+        let mut out = Vec::new();
+        encode(&Reply::Deliver(delivery(b"hi")), Version::V1, &mut out);
+        assert_eq!(out, b"\0\0\0\x12\x03\0\0\0\0\0\0\0\x03\x01\0\x04demohi");
+    }
+
+    #[test]
+    fn v1_hears_nothing_of_what_it_has_no_frame_for() {
+        let mut encoder = Encoder::new();
+        for reply in [
+            Reply::Ok { cid: 1 },
+            stored(1),
+            Reply::Aliased { cid: 1, alias: 1, core: CoreId(0) },
+            Reply::Ping { cid: 1 },
+            Reply::GoAway { code: 503, text: Bytes::new() },
+        ] {
+            encoder.encode(&reply, Version::V1);
+        }
+        assert!(encoder.is_empty());
+        let rejected = Outcome::Rejected { code: 500, text: Bytes::from_static(b"no") };
+        encoder.encode(&Reply::Confirm { cid: 1, outcome: rejected }, Version::V1);
+        assert_eq!(encoder.take(Vec::new()), b"\0\0\0\x0f\x06\0\0\0\0\0\0\0\x01\x01\xf4\0\x02no");
+    }
+
+    #[test]
+    fn a_long_text_is_cut_between_characters() {
+        let text = "ä".repeat(40_000);
+        let mut out = Vec::new();
+        encode(&Reply::Error { cid: 1, code: 400, text: text.into() }, Version::V2, &mut out);
+        let mut decoder = ReplyDecoder::new(Version::V2);
+        decoder.push(out.into());
+        let Ok(Some(Reply::Error { text, .. })) = decoder.next_reply() else { panic!("an error") };
+        assert_eq!(text.len(), 65_534);
+    }
+}

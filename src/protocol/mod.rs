@@ -12,3 +12,8 @@ pub mod reply;
 pub mod request;
 mod v1;
 mod v2;
+
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod strategies;

@@ -103,7 +103,9 @@ pub(crate) fn topic_and_qos(topic: Bytes, qos: u8) -> Result<(Bytes, Qos), Fault
 mod tests {
     use super::*;
 
-    fn fault(frame_type: u8, payload: &'static [u8]) -> Option<(u16, &'static str)> {
+    type Answer = Option<(u16, &'static str)>;
+
+    fn fault(frame_type: u8, payload: &'static [u8]) -> Answer {
         match request(frame_type, 1, Bytes::from_static(payload)) {
             RequestKind::Malformed(malformed) => {
                 assert_eq!(malformed.frame_type, frame_type);
@@ -124,7 +126,7 @@ mod tests {
         let topic = Some((400, "empty topic"));
         let qos = Some((400, "invalid QoS value"));
         let zero = Some((400, "subscription_id must be non-zero"));
-        let cases: &[(u8, &'static [u8], Option<(u16, &'static str)>)] = &[
+        let cases: &[(u8, &'static [u8], Answer)] = &[
             (0x01, b"", hello),
             (0x01, b"\0", hello),
             (0x01, b"\0\x01\0", hello),
