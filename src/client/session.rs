@@ -578,7 +578,7 @@ impl Session {
                 // Only the broker's id lets one leave. There is nothing to leave if SUBSCRIBE never went out.
                 let durable = sub.request.durable.is_some();
                 let asked = self.controls.values().any(|control| matches!(control, Control::Subscribe(k) if *k == key));
-                if !asked && !(durable && mode == UnsubscribeMode::Delete) {
+                if !(asked || durable && mode == UnsubscribeMode::Delete) {
                     self.end_sub(key, None);
                 }
             }

@@ -7,36 +7,16 @@ use crate::types::Seq;
 #[derive(Clone, PartialEq, Debug)]
 pub enum Record<'a> {
     /// `topic`: the topic's number in its virtual shard.
-    TopicCreated {
-        topic: u32,
-        name: &'a [u8],
-    },
-    TopicDeleted {
-        topic: u32,
-    },
+    TopicCreated { topic: u32, name: &'a [u8] },
+    TopicDeleted { topic: u32 },
     /// `start`: the first sequence the subscription gets.
-    SubCreated {
-        sub: u32,
-        topic: u32,
-        kind: SubKind<'a>,
-        start: Seq,
-        created: WallMs,
-    },
-    SubDeleted {
-        sub: u32,
-    },
+    SubCreated { sub: u32, topic: u32, kind: SubKind<'a>, start: Seq, created: WallMs },
+    SubDeleted { sub: u32 },
     Published(Published<'a>),
     /// Inclusive ranges; these messages are finished for this subscription (acknowledged, expired by choice, dead-lettered).
-    Acked {
-        sub: u32,
-        ranges: Vec<(Seq, Seq)>,
-    },
+    Acked { sub: u32, ranges: Vec<(Seq, Seq)> },
     /// How often deliveries of `seq` have failed so far (timed out or rejected).
-    Failed {
-        sub: u32,
-        seq: Seq,
-        failures: u16,
-    },
+    Failed { sub: u32, seq: Seq, failures: u16 },
     /// A copy of a live message, moved forward so that its old segment can be freed. Not a log entry: takes no index.
     Relocated(Published<'a>),
 }
