@@ -3,8 +3,15 @@
 pub mod types;
 pub mod limits;
 pub mod time;
+/// API keys and what each may do.
+pub mod access;
 #[cfg(feature = "server")]
 pub mod config;
+/// Start checks.
+#[cfg(feature = "server")]
+pub mod preflight;
+#[cfg(feature = "server")]
+pub mod logging;
 pub mod metrics;
 /// 1. Bytes in.
 #[cfg(feature = "server")]

@@ -16,6 +16,14 @@ pub const AUTH_FAILURES_BURST: u32 = 64;
 pub const AUTH_ADDRESSES_MAX: usize = 4_096;
 /// An AUTH from an address beyond its burst is answered this much later.
 pub const AUTH_PENALTY_MS: u64 = 1_000;
+/// Keys that may log in; every AUTH is compared with all of them.
+pub const API_KEYS_MAX: usize = 1_024;
+/// Longest API key: its AUTH must fit the frame allowed before AUTH.
+pub const API_KEY_LEN_MAX: usize = FRAME_LEN_MAX_BEFORE_AUTH as usize - FRAME_LEN_MIN as usize - 2;
+/// Topic patterns one key may publish to, and as many to subscribe to.
+pub const PATTERNS_PER_KEY_MAX: usize = 256;
+/// Longest topic pattern of a key.
+pub const PATTERN_LEN_MAX: usize = 1_024;
 
 /// Longest topic name on the wire (V1 B20).
 pub const TOPIC_NAME_MAX: usize = 65_535;
