@@ -247,7 +247,7 @@ enum End {
 /// keep a large buffer of its own.
 const READ_BYTES: usize = 64 * 1024;
 const READ_BYTES_MIN: usize = 8 * 1024;
-/// How long answers are waited for after GOAWAY.
+/// How long answers, the program's acknowledgements among them, are waited for after GOAWAY.
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 /// A connection that lasted this long counts as a success, after which delays begin at their first length again.
 const STABLE_AFTER: Duration = Duration::from_secs(2);
@@ -396,7 +396,7 @@ async fn serve(
                 wire.output.refill(&mut session);
             }
             wire.paused = session.pauses_reading();
-            let awaits = session.phase() == Phase::Leaving && session.awaits_confirms();
+            let awaits = session.phase() == Phase::Leaving && session.awaits_answers();
             (session.phase(), session.closing, session.is_idle(), awaits)
         };
         match wire.output.write(&wire.stream) {

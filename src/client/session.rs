@@ -99,6 +99,8 @@ struct Sub {
     leaving: Option<Leaving>,
     queue: VecDeque<Arrived>,
     queued_bytes: usize,
+    /// Deliveries of this connection at QoS1 that nothing was said about.
+    unanswered: usize,
     /// Deliveries that the program was too slow for.
     dropped: u64,
     waker: Option<Waker>,
@@ -247,6 +249,7 @@ impl Session {
         }
         let mut left = Vec::new();
         for (key, sub) in &mut self.subs {
+            sub.unanswered = 0;
             sub.acks.clear();
             sub.rejects.clear();
             sub.dirty = false;
@@ -314,9 +317,9 @@ impl Session {
         self.refused_unconfirmed
     }
 
-    /// Publishes sent on this connection whose answer is still to come.
-    pub(super) fn awaits_confirms(&self) -> bool {
-        self.pending.values().any(|pending| pending.sent)
+    /// Whether anything sent or delivered on this connection is still to be answered, by either side.
+    pub(super) fn awaits_answers(&self) -> bool {
+        self.pending.values().any(|pending| pending.sent) || self.subs.values().any(|sub| sub.unanswered > 0)
     }
 
     /// Nothing is under way: no publish unconfirmed, no request unanswered, nothing to write.
@@ -492,6 +495,7 @@ impl Session {
                 leaving: None,
                 queue: VecDeque::new(),
                 queued_bytes: 0,
+                unanswered: 0,
                 dropped: 0,
                 waker: None,
                 acks: Ranges::default(),
@@ -625,6 +629,7 @@ impl Session {
     pub(super) fn ack(&mut self, key: SubKey, generation: Generation, tag: u64) -> bool {
         let Some(sub) = self.live_sub(key, generation) else { return false };
         sub.acks.insert(tag);
+        sub.unanswered = sub.unanswered.saturating_sub(1);
         self.mark_dirty(key);
         true
     }
@@ -640,6 +645,7 @@ impl Session {
         match self.live_sub(key, generation) {
             Some(sub) => {
                 sub.acks.insert(tag);
+                sub.unanswered = sub.unanswered.saturating_sub(1);
                 sub.ack_answers.push(answer);
                 self.mark_dirty(key);
             }
@@ -650,6 +656,7 @@ impl Session {
     /// Gives a delivery back.
     pub(super) fn reject(&mut self, key: SubKey, generation: Generation, tag: u64, action: RejectAction) -> bool {
         let Some(sub) = self.live_sub(key, generation) else { return false };
+        sub.unanswered = sub.unanswered.saturating_sub(1);
         match sub.rejects.iter_mut().find(|(present, _)| *present == action) {
             Some((_, ranges)) => ranges.insert(tag),
             None => {
@@ -886,6 +893,7 @@ impl Session {
             sub.dropped += 1;
         }
         sub.queued_bytes += deliver.body.0.len();
+        sub.unanswered += usize::from(deliver.qos == Qos::AtLeastOnce);
         sub.queue.push_back(Arrived { generation: self.generation, deliver });
         self.crowded |= sub.is_crowded();
         if let Some(waker) = sub.waker.take() {
@@ -913,6 +921,7 @@ impl Sub {
     fn forget(&mut self, at: usize) {
         if let Some(arrived) = self.queue.remove(at) {
             self.queued_bytes -= arrived.deliver.body.0.len();
+            self.unanswered = self.unanswered.saturating_sub(usize::from(arrived.deliver.qos == Qos::AtLeastOnce));
         }
     }
 }

@@ -361,6 +361,23 @@ async fn a_broker_that_stops_gets_its_publishes_after_it_is_back() {
 }
 
 #[tokio::test]
+async fn a_broker_that_stops_gets_the_acknowledgements_of_what_it_delivered() {
+    let (broker, options) = Broker::start().await;
+    let (client, mut peer) = connected(options, &broker).await;
+    let (subscription, _) = tokio::join!(client.subscribe("t").durable("d").open(), peer.subscribe(1));
+    let mut subscription = subscription.expect("subscribed");
+    let mut state = client.state();
+    peer.say(deliver(1, 1, Qos::AtLeastOnce, b"", b"m")).await;
+    peer.say(Reply::GoAway { code: code::SHUTTING_DOWN, text: "shutting down".into() }).await;
+    let delivery = subscription.next().await.expect("a delivery");
+    state.wait_for(|state| *state == ConnectionState::Connecting).await.expect("a task");
+    delivery.ack();
+    let tags = TagRanges::one(DeliveryTag(1));
+    assert_eq!(peer.hear().await.kind, RequestKind::Ack { sub: ClientSub(1), tags, confirm: false });
+    assert_eq!(peer.hear_any().await, None, "then the client leaves");
+}
+
+#[tokio::test]
 async fn a_hot_topic_gets_a_number_and_loses_it_with_the_connection() {
     let (broker, options) = Broker::start().await;
     let (client, mut peer) = connected(options, &broker).await;

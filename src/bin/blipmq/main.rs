@@ -46,6 +46,7 @@ struct Cli {
 
 /// What every subcommand knows.
 #[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Options of every subcommand")]
 struct Global {
     /// The broker's address; several, separated by commas, are tried in turn.
     #[arg(long, global = true, value_name = "HOST:PORT", value_delimiter = ',', default_value = "127.0.0.1:5555")]

@@ -67,6 +67,8 @@ pub struct Args {
 
 /// Answers that may wait to be looked at; the client's own window bounds what is under way.
 const ANSWERS_MAX: usize = 8_192;
+/// Longer latencies count as this: an hour.
+const LATENCY_NANOS_MAX: u64 = 3_600_000_000_000;
 
 pub async fn run(global: &Global, args: Args) -> Result<(), Failure> {
     let client = connect(global).await?;
@@ -206,7 +208,7 @@ async fn count(
     bar: Option<ProgressBar>,
     begin: Instant,
 ) -> Totals {
-    let latency = Histogram::new(3).expect("three digits are allowed");
+    let latency = Histogram::new_with_bounds(1, LATENCY_NANOS_MAX, 3).expect("bounds and digits are allowed");
     let mut totals = Totals {
         stored: 0,
         duplicate: 0,
