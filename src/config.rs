@@ -69,8 +69,10 @@ pub struct Storage {
 
 #[derive(Clone, PartialEq, Debug)]
 pub struct Delivery {
-    /// 0: never expires.
+    /// Life of a v2 publish that names none. 0: never expires.
     pub ttl_ms: u64,
+    /// Life of a v1 publish: v1 has no way to name one. 0: never expires.
+    pub v1_ttl_ms: u64,
     /// Per subscription.
     pub qos0_queue_messages: u64,
     /// Per subscription.
@@ -146,7 +148,8 @@ impl Default for Config {
                 idle_marker: true,
             },
             delivery: Delivery {
-                ttl_ms: 60_000,
+                ttl_ms: 0,
+                v1_ttl_ms: 60_000,
                 qos0_queue_messages: 65_536,
                 qos0_queue_bytes: ByteSize::mib(16),
                 qos0_overflow: Qos0Overflow::DropOldest,

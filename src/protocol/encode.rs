@@ -1,6 +1,6 @@
 //! Replies to bytes, in the connection's dialect.
 //!
-//! Owns: the layout of everything the broker sends. Never: fails, waits, allocates per message beyond the one growing buffer.
+//! Owns: the layout of everything the broker sends. Never: fails, waits, allocates per message (one buffer grows).
 //! What a dialect has no frame for is silence: v1 knows no confirm, no PING from the broker, no GOAWAY.
 
 use bytes::Bytes;

@@ -15,7 +15,7 @@ use crate::protocol::request::Version;
 pub const LENGTH_LEN: usize = 4;
 /// Bytes before the payload.
 pub const HEADER_LEN: usize = LENGTH_LEN + FRAME_LEN_MIN as usize;
-/// What DELIVER may be longer than the longest PUBLISH: its own fields, and headers that the broker added to a dead letter.
+/// What DELIVER may be longer than the longest PUBLISH: its own fields, and the headers that a dead letter gets.
 pub const DELIVER_EXCESS_MAX: u32 = 64 * 1024;
 /// A CONFIRM frame does not grow beyond this by joining.
 pub const CONFIRM_FRAME_MAX: usize = 64 * 1024;

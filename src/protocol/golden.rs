@@ -1,4 +1,5 @@
-//! Checks that the golden frames of docs/PROTOCOL.md are what the codec writes and reads, and that every frame type has one.
+//! Checks that the golden frames of docs/PROTOCOL.md are what the codec writes and reads, and that every frame type has
+//! one.
 
 use bytes::Bytes;
 

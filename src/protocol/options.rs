@@ -1,4 +1,5 @@
-//! Optional fields of v2 frames: entries of `u8 tag | u16 length | value`. Unknown tags are skipped, so that fields can be added.
+//! Optional fields of v2 frames: entries of `u8 tag | u16 length | value`. Unknown tags are skipped, so that fields can
+//! be added.
 //!
 //! Owns: the layout of entries, the tags. Never: knows which value fits which tag (`v2` does).
 //! On the wire a block of entries follows its `u16` length; in memory it goes without.

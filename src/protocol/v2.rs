@@ -309,7 +309,7 @@ fn options_block(payload: &mut Bytes, invalid: Fault) -> Result<Bytes, Fault> {
     Ok(entries)
 }
 
-/// An option's value as u64 milliseconds. What a `Duration` cannot hold becomes its largest whole millisecond, 584 years.
+/// An option's value as u64 milliseconds. What a `Duration` cannot hold becomes its largest whole millisecond.
 fn millis(value: &[u8]) -> Result<Duration, Fault> {
     let most = Duration(u64::MAX).as_millis();
     Ok(Duration::from_millis(u64::from_be_bytes(fixed(value)?).min(most)))
@@ -537,6 +537,7 @@ mod tests {
                 (b"\0\0\0\0\0\0\0\0\0\0\0\x01", zero),
                 (b"\0\0\0\0\0\0\0\x01\0\x01\0\0", Some(code::INVALID_CREDIT_VALUE)),
                 (b"\0\0\0\0\0\0\0\x01\0\0\0\0", None),
+                (b"\0\0\0\0\0\0\0\x01\0\0\xff\xff", None),
             ],
         );
         check(
