@@ -140,6 +140,8 @@ const EXIT_IO: i32 = 74;
 #[derive(Debug)]
 struct Cycle {
     started: Instant,
+    /// Begun after the stop was asked for.
+    last: bool,
     /// By core number.
     answers: Vec<Option<Answer>>,
 }
@@ -159,6 +161,8 @@ pub struct Keeper {
     /// Wanted and not yet given, in the order of asking.
     pending: VecDeque<CoreId>,
     no_space: bool,
+    /// The last checkpoint found no space: nothing can be freed until one does.
+    checkpoint_failed: bool,
     quota_alarm: bool,
     /// After a failure to make a slot: not tried again before.
     retry_at: Option<Instant>,
@@ -223,6 +227,7 @@ impl Keeper {
             cores: senders,
             pending: VecDeque::new(),
             no_space: false,
+            checkpoint_failed: false,
             quota_alarm: false,
             retry_at: None,
             cycle: None,
@@ -320,7 +325,10 @@ impl Keeper {
         if self.cycle.as_ref().is_some_and(|cycle| cycle.answers.iter().all(Option::is_some)) {
             self.finish_cycle();
         }
-        if self.cycle.is_none() && (self.stop.is_some() || Instant::now() >= self.next_checkpoint) {
+        if self.stop.is_some() && self.cores.iter().any(Sender::is_disconnected) {
+            // It will not answer any more: recovery has the log.
+            self.end(false);
+        } else if self.cycle.is_none() && (self.stop.is_some() || Instant::now() >= self.next_checkpoint) {
             // A slot that only waits to be left out by a second checkpoint is a change too.
             let force = self.stop.is_some() || self.first || self.urgent || self.segments.releasable() > 0;
             self.ask_all(force);
@@ -372,18 +380,25 @@ impl Keeper {
                     self.retry_at = None;
                     self.tell(core, ToCore::Grant(grant));
                 }
-                Ok(None) => self.refuse("the disk quota is used up"),
-                Err(error) if is_no_space(&error) => self.refuse(&error.to_string()),
+                Ok(None) => {
+                    self.retry_at = Some(Instant::now() + RETRY_EVERY);
+                    self.refuse("the disk quota is used up");
+                }
+                Err(error) if is_no_space(&error) => {
+                    self.retry_at = Some(Instant::now() + RETRY_EVERY);
+                    self.refuse(&error.to_string());
+                }
                 Err(error) => fail_stop("making a segment", &error),
             }
         }
         let used = self.quota_percent();
         if used >= QUOTA_REJECT {
             self.refuse(&format!("{used} % of the disk quota is used"));
-        } else if self.no_space && self.pending.is_empty() && used < QUOTA_BACK {
+        } else if self.no_space && self.pending.is_empty() && used < QUOTA_BACK && !self.checkpoint_failed {
             tracing::info!("there is space again; publishes are taken");
             self.no_space = false;
             self.retry_at = None;
+            self.show();
             self.tell_all(&ToCore::SpaceBack);
         }
         if used >= QUOTA_ALARM && !self.quota_alarm {
@@ -404,12 +419,12 @@ impl Keeper {
     }
 
     fn refuse(&mut self, reason: &str) {
-        self.retry_at = Some(Instant::now() + RETRY_EVERY);
         if self.no_space {
             return;
         }
         tracing::error!(reason, "no space for the log; publishes are refused until there is");
         self.no_space = true;
+        self.show();
         self.tell_all(&ToCore::NoSpace { reason: reason.into() });
         // What has been consumed may be freed.
         self.hurry();
@@ -463,8 +478,18 @@ impl Keeper {
 
     fn ask_all(&mut self, force: bool) {
         self.urgent = false;
-        self.cycle = Some(Cycle { started: Instant::now(), answers: (0..self.config.cores).map(|_| None).collect() });
+        let answers = self.cores.iter().map(|_| None).collect();
+        self.cycle = Some(Cycle { started: Instant::now(), last: self.stop.is_some(), answers });
         self.tell_all(&ToCore::TakeSnapshot { force });
+    }
+
+    fn end(&mut self, written: bool) {
+        self.stopped = true;
+        if let Some(done) = self.stop.take()
+            && done.send(written).is_err()
+        {
+            tracing::debug!("nobody waits for the last checkpoint");
+        }
     }
 
     /// All cores have answered.
@@ -494,16 +519,13 @@ impl Keeper {
         let took = cycle.started.elapsed();
         self.gauges.checkpoint_ms.store(u64::try_from(took.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
         let pause = self.config.checkpoint_interval.max(took * CHECKPOINT_SHARE);
+        // While space is short, what the checkpoint frees is worth more than what it costs.
         self.next_checkpoint = Instant::now() + if self.no_space { CHECKPOINT_PAUSE.max(took) } else { pause };
         if written {
             self.after_checkpoint();
         }
-        if let Some(done) = self.stop.take() {
-            self.stopped = true;
-            // The receiver may have lost patience.
-            if done.send(written).is_err() {
-                tracing::debug!("nobody waits for the last checkpoint");
-            }
+        if cycle.last {
+            self.end(written);
         }
     }
 
@@ -559,6 +581,7 @@ impl Keeper {
         match written {
             Ok(()) => {}
             Err(WriteError::NoSpace(error)) => {
+                self.checkpoint_failed = true;
                 self.refuse(&format!("a checkpoint could not be written: {error}"));
                 return false;
             }
@@ -566,6 +589,7 @@ impl Keeper {
         }
         self.number = number;
         self.first = false;
+        self.checkpoint_failed = false;
         self.gauges.checkpoints.fetch_add(1, Ordering::Relaxed);
         self.gauges.checkpoint_bytes.store(bytes.len() as u64, Ordering::Relaxed);
         let freed = self.segments.checkpoint_written(&checkpoint.live);

@@ -26,6 +26,12 @@ pub mod start;
 /// Reads the log of the original broker.
 #[cfg(feature = "server")]
 pub mod import_v1;
+/// Writes a whole log into a new store.
+#[cfg(feature = "server")]
+mod rewrite;
 /// A store's directory: identity, lock, checks.
 #[cfg(feature = "server")]
 pub mod store;
+/// `wal verify`, `dump`, `stat`, `salvage`, and `import-v1`.
+#[cfg(feature = "server")]
+pub mod tools;
