@@ -52,6 +52,9 @@ pub const SEGMENT_SIZE_MIN: u32 = 2 * BLOCK as u32;
 /// Largest segment.
 pub const SEGMENT_SIZE_MAX: u32 = 1 << 30;
 
+/// Beyond what any stream reaches; keeps positions far from overflow.
+const SEQUENCE_MAX: u64 = 1 << 32;
+
 const SEGMENT_MAGIC: [u8; 8] = *b"BLIPSEG2";
 const SEGMENT_VERSION: u32 = 1;
 const SEGMENT_CRC_AT: usize = 72;
@@ -140,6 +143,9 @@ impl SegmentHeader {
         let version = u32_at(block, 8);
         if version != SEGMENT_VERSION {
             return HeaderBlock::Unsupported { version };
+        }
+        if u64_at(block, 48) > SEQUENCE_MAX {
+            return HeaderBlock::Damaged;
         }
         let mut uuid = [0; 16];
         uuid.copy_from_slice(&block[16..32]);
@@ -301,6 +307,7 @@ impl FrameHeader {
         let sane = header.frame_bytes as usize >= FRAME_HEADER
             && header.frame_bytes as usize <= FRAME_HEADER + BATCH_BYTES_MAX
             && header.padded_bytes() == u32_at(bytes, 12)
+            && header.sequence <= SEQUENCE_MAX
             && header.durable <= header.prev_end
             && header.prev_end <= header.lsn;
         sane.then_some((header, sums))
@@ -324,7 +331,7 @@ impl Place {
 
 /// The position of a byte of a segment in its stream.
 pub fn lsn(sequence: u64, segment_size: u32, offset: u32) -> Lsn {
-    Lsn(sequence * u64::from(segment_size) + u64::from(offset))
+    Lsn(sequence.saturating_mul(u64::from(segment_size)).saturating_add(u64::from(offset)))
 }
 
 /// What lies at a position of a segment. None but `Live` says by itself that the log ends here.

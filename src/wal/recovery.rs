@@ -4,13 +4,22 @@
 //! file, writes, repairs. The caller has locked and synced the segments before it asks (DURABILITY 2.5, 1).
 //! Neighbours: `format` says what lies at one position; the shard applies what comes out; the keeper takes the free slots.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use bytes::Bytes;
 
-use super::checkpoint::Checkpoint;
-use super::format::{BytesClass, Segment, StoreId};
+use super::checkpoint::{Checkpoint, SealedEnd};
+use super::format::{
+    BytesClass, FRAME_HEADER, Found, FrameHeader, FrameKind, FrameSums, HeaderBlock, Place, SUB_BATCH_HEADER, Segment,
+    SegmentHeader, StoreId, SubBatch, chain_start, classify, lsn,
+};
 use super::record::{Discarded, Record, RecordError, RecoveryNote, SealedStream};
+use crate::limits::BLOCK;
 use crate::time::WallMs;
 use crate::types::{LogRef, Lsn, Slot, StreamId, VShard};
+
+/// Bytes one read asks for. A larger frame is read at once.
+const READ_BYTES: u32 = 1024 * 1024;
 
 /// The slots of a store.
 pub trait Segments {
@@ -40,9 +49,9 @@ pub struct StoreShape {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mode {
-    /// Stops at the first damage.
+    /// Stops at the first damage: nothing that was durable is ever skipped.
     Strict,
-    /// Collects damage and goes on behind it: for `wal salvage` and `wal verify`.
+    /// Collects damage and goes on behind it: for `wal salvage` and `wal verify`. What it yields is not a log to continue.
     Salvage,
 }
 
@@ -82,8 +91,8 @@ pub struct Recovered {
     pub live: Vec<Segment>,
     /// Slots that hold none.
     pub free: Vec<Slot>,
-    /// In `Salvage` mode: what is lost.
-    pub damage: Vec<Damage>,
+    /// In `Salvage` mode: what would have stopped a strict recovery.
+    pub damage: Vec<RecoveryError>,
 }
 
 impl Recovered {
@@ -145,3 +154,782 @@ pub enum RecoveryError {
     Count { stream: StreamId, frame: Lsn },
 }
 
+/// Reads the log: yields its records in order and decides where each stream ends.
+///
+/// - `checkpoint`: the newest whole one. Its states are the caller's to load before. Of what they include, only messages are
+///   yielded again (their positions are not in the states).
+/// - `visit` gets every record as it is found, from one frame at a time. On an error, drop what it built.
+pub fn recover<S: Segments + ?Sized>(
+    shape: &StoreShape,
+    segments: &S,
+    checkpoint: Option<&Checkpoint>,
+    mode: Mode,
+    visit: &mut dyn FnMut(Entry<'_>),
+) -> Result<Recovered, RecoveryError> {
+    Recovery::new(*shape, segments, checkpoint, mode, visit).run()
+}
+
+/// Mistakes that the model plants to see that it would notice them.
+#[cfg(test)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Flaw {
+    /// Does not ask whether a frame continues the one before.
+    SkipChain,
+    /// Zeros end the log.
+    ZeroIsEnd,
+    /// Whatever is not live ends the log.
+    IgnoreWatermark,
+    NoBodyCrc,
+    /// Looks for witnesses in the segment at hand only.
+    ScanOneSegment,
+    /// Takes frames of another use of the slot.
+    IgnoreSalt,
+}
+
+#[cfg(test)]
+pub(super) fn recover_flawed<S: Segments + ?Sized>(
+    shape: &StoreShape,
+    segments: &S,
+    checkpoint: Option<&Checkpoint>,
+    flaw: Option<Flaw>,
+    visit: &mut dyn FnMut(Entry<'_>),
+) -> Result<Recovered, RecoveryError> {
+    let mut recovery = Recovery::new(*shape, segments, checkpoint, Mode::Strict, visit);
+    recovery.flaw = flaw;
+    recovery.run()
+}
+
+/// What is known of one stream before it is walked.
+#[derive(Debug, Default)]
+struct Plan {
+    /// By sequence.
+    segments: BTreeMap<u64, Segment>,
+    /// The checkpoint's states include everything below.
+    covered: Lsn,
+    /// Everything below was once known to be synced.
+    durable: Lsn,
+    /// How an earlier recovery ended it.
+    sealed: Option<SealedStream>,
+}
+
+/// Where the walk stands.
+#[derive(Clone, Copy, Debug)]
+struct Cursor {
+    sequence: u64,
+    /// Of the next frame.
+    offset: u32,
+    /// Behind the last frame.
+    end: Lsn,
+    /// `None`: the frame before is not there to be asked.
+    chain: Option<u64>,
+}
+
+/// What the rest of a stream holds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tail {
+    found: Discarded,
+    durable: Lsn,
+}
+
+enum Look {
+    Frame(FrameHeader, FrameSums, Bytes),
+    Not(BytesClass),
+}
+
+struct Recovery<'a, S: ?Sized> {
+    shape: StoreShape,
+    reader: Reader<'a, S>,
+    checkpoint: Option<&'a Checkpoint>,
+    mode: Mode,
+    visit: &'a mut dyn FnMut(Entry<'_>),
+    plans: BTreeMap<StreamId, Plan>,
+    /// Slots whose header does not make them part of the log, with what the header says.
+    others: Vec<(Slot, Option<SegmentHeader>)>,
+    out: Recovered,
+    #[cfg(test)]
+    flaw: Option<Flaw>,
+}
+
+impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
+    fn new(
+        shape: StoreShape,
+        segments: &'a S,
+        checkpoint: Option<&'a Checkpoint>,
+        mode: Mode,
+        visit: &'a mut dyn FnMut(Entry<'_>),
+    ) -> Recovery<'a, S> {
+        Recovery {
+            shape,
+            reader: Reader::new(segments, shape.segment_size, mode),
+            checkpoint,
+            mode,
+            visit,
+            plans: BTreeMap::new(),
+            others: Vec::new(),
+            out: Recovered::default(),
+            #[cfg(test)]
+            flaw: None,
+        }
+    }
+
+    fn run(mut self) -> Result<Recovered, RecoveryError> {
+        self.begin()?;
+        self.survey()?;
+        self.read_notes()?;
+        self.probe_others()?;
+        let mut clean = None;
+        for (stream, plan) in std::mem::take(&mut self.plans) {
+            let stopped = self.walk(stream, &plan)?;
+            clean = match clean {
+                Some((incarnation, all)) if incarnation == stream.incarnation => Some((incarnation, all && stopped)),
+                _ => Some((stream.incarnation, stopped)),
+            };
+        }
+        self.out.clean = clean.is_some_and(|(_, all)| all);
+        let live: BTreeSet<Slot> = self.out.live.iter().map(|segment| segment.slot).collect();
+        self.out.free.retain(|slot| !live.contains(slot));
+        Ok(self.out)
+    }
+
+    /// Takes over what the checkpoint knows.
+    fn begin(&mut self) -> Result<(), RecoveryError> {
+        self.out.last_index = vec![0; usize::from(self.shape.vshards)];
+        let Some(checkpoint) = self.checkpoint else { return Ok(()) };
+        let same = checkpoint.store == self.shape.store
+            && checkpoint.segment_size == self.shape.segment_size
+            && checkpoint.vshards.len() == usize::from(self.shape.vshards);
+        if !same {
+            return Err(RecoveryError::ForeignCheckpoint);
+        }
+        for (last, vshard) in self.out.last_index.iter_mut().zip(&checkpoint.vshards) {
+            *last = vshard.last_index;
+        }
+        self.out.time = checkpoint.time;
+        self.out.incarnation_max = checkpoint.incarnation;
+        for state in &checkpoint.streams {
+            self.out.incarnation_max = self.out.incarnation_max.max(state.stream.incarnation);
+        }
+        Ok(())
+    }
+
+    /// Reads the header of every slot and sorts the slots into streams.
+    fn survey(&mut self) -> Result<(), RecoveryError> {
+        let mut slots = self.reader.segments.slots();
+        slots.sort_unstable();
+        for slot in slots {
+            let block = match self.reader.segments.read(slot, 0, BLOCK as u32) {
+                Ok(block) => block,
+                Err(error) => {
+                    // Not known to be free: it stays out of every list.
+                    self.fail(error.into())?;
+                    continue;
+                }
+            };
+            let header = match SegmentHeader::decode(&block) {
+                HeaderBlock::Zero | HeaderBlock::Damaged => None,
+                HeaderBlock::Unsupported { version } => {
+                    self.fail(RecoveryError::Version { slot, version })?;
+                    continue;
+                }
+                HeaderBlock::Whole(header) if header.store != self.shape.store => {
+                    self.fail(RecoveryError::ForeignSlot { slot })?;
+                    continue;
+                }
+                HeaderBlock::Whole(header) if header.segment_size != self.shape.segment_size => {
+                    let (found, expected) = (header.segment_size, self.shape.segment_size);
+                    self.fail(RecoveryError::SegmentSize { slot, found, expected })?;
+                    continue;
+                }
+                HeaderBlock::Whole(header) => Some(header),
+            };
+            self.out.free.push(slot);
+            let Some(header) = header else {
+                self.others.push((slot, None));
+                continue;
+            };
+            self.out.incarnation_max = self.out.incarnation_max.max(header.stream.incarnation);
+            self.out.time = self.out.time.max(header.created);
+            let segment = Segment { stream: header.stream, sequence: header.sequence, slot, salt: header.salt };
+            if self.is_freed(&segment) {
+                self.others.push((slot, Some(header)));
+                continue;
+            }
+            let plan = self.plan(header.stream);
+            if let Some(first) = plan.segments.get(&header.sequence).copied() {
+                let (stream, sequence) = (header.stream, header.sequence);
+                self.fail(RecoveryError::Twice { stream, sequence, first: first.slot, second: slot })?;
+                continue;
+            }
+            plan.segments.insert(header.sequence, segment);
+        }
+        self.require_live()
+    }
+
+    /// Whether the checkpoint says that nothing in this use of a slot is needed any more.
+    fn is_freed(&self, segment: &Segment) -> bool {
+        let Some(checkpoint) = self.checkpoint else { return false };
+        if checkpoint.live.contains(segment) {
+            return false;
+        }
+        match checkpoint.streams.iter().find(|state| state.stream == segment.stream) {
+            // A position in the middle of a segment keeps that segment.
+            Some(state) => segment.sequence < state.covered.0 / u64::from(self.shape.segment_size),
+            None => segment.stream.incarnation <= checkpoint.incarnation,
+        }
+    }
+
+    /// Whether the checkpoint says that the whole stream is not needed any more.
+    fn is_retired(&self, stream: StreamId) -> bool {
+        self.checkpoint.is_some_and(|checkpoint| {
+            stream.incarnation <= checkpoint.incarnation
+                && checkpoint.streams.iter().all(|state| state.stream != stream)
+        })
+    }
+
+    /// Every segment that the checkpoint needs must be there, as far as it was durable when the checkpoint was made.
+    fn require_live(&mut self) -> Result<(), RecoveryError> {
+        let Some(checkpoint) = self.checkpoint else { return Ok(()) };
+        for segment in &checkpoint.live {
+            let size = self.shape.segment_size;
+            let from = lsn(segment.sequence, size, 0);
+            let plan = self.plan(segment.stream);
+            let to = plan.durable.min(lsn(segment.sequence.saturating_add(1), size, 0));
+            if to <= from || plan.segments.get(&segment.sequence) == Some(segment) {
+                continue;
+            }
+            self.fail(RecoveryError::Corrupt(Box::new(Damage {
+                stream: segment.stream,
+                sequence: segment.sequence,
+                slot: None,
+                offset: 0,
+                from,
+                to,
+                class: BytesClass::Missing,
+                frames_before: 0,
+                records_before: 0,
+                frames_after: 0,
+                records_after: 0,
+                vshards: Vec::new(),
+            })))?;
+        }
+        Ok(())
+    }
+
+    fn plan(&mut self, stream: StreamId) -> &mut Plan {
+        let checkpoint = self.checkpoint;
+        self.plans.entry(stream).or_insert_with(|| {
+            let state = checkpoint.and_then(|all| all.streams.iter().find(|state| state.stream == stream));
+            let Some(state) = state else { return Plan::default() };
+            let sealed = state.sealed.map(|SealedEnd { end, chain }| SealedStream {
+                stream,
+                end,
+                chain,
+                discarded: Discarded::default(),
+                class: BytesClass::SegmentEnd,
+            });
+            Plan { segments: BTreeMap::new(), covered: state.covered, durable: state.durable, sealed }
+        })
+    }
+
+    /// The first frame of a stream says how the streams before it were sealed.
+    fn read_notes(&mut self) -> Result<(), RecoveryError> {
+        let mut notes = Vec::new();
+        for (&stream, plan) in &self.plans {
+            let Some(&segment) = plan.segments.get(&0) else { continue };
+            let place = self.place(segment, BLOCK as u32);
+            let start = chain_start(place.store_tag, stream);
+            let block = match self.reader.get(segment.slot, place.offset, BLOCK as u32) {
+                Ok(block) => block,
+                Err(error) => return Err(error.into()),
+            };
+            let Found::Live(header, sums) = classify(&block, &place) else { continue };
+            if header.kind != FrameKind::Recovery || header.prev_chain != start {
+                continue;
+            }
+            let frame = self.reader.get(segment.slot, place.offset, header.frame_bytes)?;
+            if let Some(note) = RecoveryNote::decode(&frame[FRAME_HEADER..])
+                && sums.body_matches(&frame[FRAME_HEADER..])
+            {
+                notes.extend(note.sealed.into_iter().filter(|sealed| sealed.stream.incarnation < stream.incarnation));
+            }
+        }
+        for sealed in notes {
+            if self.is_retired(sealed.stream) {
+                continue;
+            }
+            let plan = self.plan(sealed.stream);
+            if let Some(other) = plan.sealed
+                && (other.end, other.chain) != (sealed.end, sealed.chain)
+            {
+                let stream = sealed.stream;
+                self.fail(RecoveryError::SealedTwice { stream, first: other.end, second: sealed.end })?;
+                continue;
+            }
+            plan.sealed = Some(sealed);
+        }
+        // What lies wholly behind a sealed end was discarded then; its slot may be in use again.
+        let size = self.shape.segment_size;
+        for plan in self.plans.values_mut() {
+            if let Some(sealed) = plan.sealed {
+                plan.segments.retain(|&sequence, _| lsn(sequence, size, BLOCK as u32) < sealed.end);
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for witnesses in slots whose header is damaged, missing, or older than what follows it.
+    ///
+    /// Only the first frame is asked who it is: at every other position a client's payload could pose as a frame. What else is
+    /// believed must then name the same use of the slot, salt included.
+    fn probe_others(&mut self) -> Result<(), RecoveryError> {
+        for (slot, header) in std::mem::take(&mut self.others) {
+            let block = self.reader.get(slot, BLOCK as u32, BLOCK as u32)?;
+            let Some((first, _)) = FrameHeader::decode(&block) else { continue };
+            let known = header.is_some_and(|header| {
+                (header.stream, header.sequence, header.salt) == (first.stream, first.sequence, first.salt)
+            });
+            if known || first.store_tag != self.shape.store.tag() {
+                continue;
+            }
+            let segment = Segment { stream: first.stream, sequence: first.sequence, slot, salt: first.salt };
+            self.out.incarnation_max = self.out.incarnation_max.max(first.stream.incarnation);
+            if self.is_freed(&segment) || self.is_retired(first.stream) {
+                continue;
+            }
+            let tail = self.scan_segment(segment, BLOCK as u32)?;
+            let plan = self.plan(first.stream);
+            plan.durable = plan.durable.max(tail.durable);
+        }
+        Ok(())
+    }
+
+    /// Walks one stream to its end. Returns whether it was stopped in order.
+    fn walk(&mut self, stream: StreamId, plan: &Plan) -> Result<bool, RecoveryError> {
+        let size = self.shape.segment_size;
+        let covered_sequence = plan.covered.0 / u64::from(size);
+        let mut at = self.start(stream, plan);
+        let mut durable = plan.durable;
+        let mut scanned = None;
+        let mut walked = Walked::default();
+        let sealed = loop {
+            if let Some(sealed) = plan.sealed.filter(|sealed| at.end >= sealed.end) {
+                if at.end > sealed.end || at.chain.is_some_and(|chain| chain != sealed.chain) {
+                    let damage = self.damage(stream, plan, &at, sealed.end, BytesClass::Torn, &walked);
+                    self.fail(RecoveryError::Corrupt(Box::new(damage)))?;
+                }
+                break sealed;
+            }
+            let class = match self.look(plan, &at)? {
+                Look::Frame(header, sums, frame) => {
+                    let segment = plan.segments[&at.sequence];
+                    self.frame(segment, at.offset, &header, &frame, &mut walked)?;
+                    at = Cursor {
+                        sequence: at.sequence,
+                        offset: at.offset + header.padded_bytes(),
+                        end: header.end(),
+                        chain: Some(sums.chain(header.prev_chain)),
+                    };
+                    durable = durable.max(header.durable);
+                    continue;
+                }
+                Look::Not(class) => class,
+            };
+            if self.continues(plan, &at)? {
+                at = Cursor { sequence: at.sequence + 1, offset: BLOCK as u32, ..at };
+                continue;
+            }
+            #[cfg(test)]
+            if self.flaw == Some(Flaw::ZeroIsEnd) && class == BytesClass::Zero {
+                durable = Lsn(0);
+            }
+            // Segments between may have been freed, if the checkpoint includes them.
+            if let Some((&next, _)) =
+                plan.segments.range(at.sequence + 1..=covered_sequence.max(at.sequence + 1)).next()
+                && next > at.sequence + 1
+                && self.scan_rest(plan, &at)?.found.frames == 0
+            {
+                at = Cursor { sequence: next, offset: BLOCK as u32, end: lsn(next, size, 0), chain: None };
+                continue;
+            }
+            let tail = match scanned {
+                Some(tail) => tail,
+                None => self.scan(plan, &at)?,
+            };
+            scanned = Some(tail);
+            durable = durable.max(tail.durable);
+            #[cfg(test)]
+            if matches!(
+                (self.flaw, class),
+                (Some(Flaw::IgnoreWatermark), _) | (Some(Flaw::ZeroIsEnd), BytesClass::Zero)
+            ) {
+                durable = Lsn(0);
+            }
+            let must_reach = plan.sealed.map_or(durable, |sealed| sealed.end);
+            if at.end >= must_reach {
+                // A torn tail, or just the end: nobody knew of anything behind it.
+                self.out.truncated.frames += tail.found.frames;
+                self.out.truncated.bytes += tail.found.bytes;
+                self.out.truncated.records += tail.found.records;
+                let chain = at.chain.unwrap_or(0);
+                break SealedStream { stream, end: at.end, chain, discarded: tail.found, class };
+            }
+            let mut damage = self.damage(stream, plan, &at, must_reach, class, &walked);
+            damage.frames_after = tail.found.frames;
+            damage.records_after = tail.found.records;
+            if self.mode == Mode::Strict {
+                return Err(RecoveryError::Corrupt(Box::new(damage)));
+            }
+            let next = self.next_whole(plan, &at)?;
+            damage.to = next.map_or(must_reach, |next| next.end.min(must_reach));
+            self.fail(RecoveryError::Corrupt(Box::new(damage)))?;
+            match next {
+                Some(next) => at = next,
+                None => {
+                    break SealedStream {
+                        stream,
+                        end: must_reach,
+                        chain: at.chain.unwrap_or(0),
+                        discarded: Discarded::default(),
+                        class,
+                    };
+                }
+            }
+        };
+        self.out.sealed.push(sealed);
+        self.out.frames += walked.frames;
+        self.out.records += walked.records;
+        let part = plan.segments.values().filter(|segment| lsn(segment.sequence, size, BLOCK as u32) < sealed.end);
+        self.out.live.extend(part);
+        Ok(walked.clean)
+    }
+
+    fn start(&self, stream: StreamId, plan: &Plan) -> Cursor {
+        let size = self.shape.segment_size;
+        let first = Lsn(BLOCK as u64);
+        match plan.segments.first_key_value() {
+            Some((0, _)) => {
+                let chain = Some(chain_start(self.shape.store.tag(), stream));
+                Cursor { sequence: 0, offset: BLOCK as u32, end: first, chain }
+            }
+            Some((&sequence, _)) if sequence <= plan.covered.0 / u64::from(size) => {
+                Cursor { sequence, offset: BLOCK as u32, end: lsn(sequence, size, 0), chain: None }
+            }
+            // The segment where the log should begin is not there.
+            _ => {
+                let end = plan.covered.max(first);
+                let (sequence, offset) = (end.0 / u64::from(size), (end.0 % u64::from(size)) as u32);
+                Cursor { sequence, offset, end, chain: None }
+            }
+        }
+    }
+
+    /// The frame at the cursor, if it is whole and continues the log.
+    fn look(&mut self, plan: &Plan, at: &Cursor) -> Result<Look, RecoveryError> {
+        let Some(&segment) = plan.segments.get(&at.sequence) else { return Ok(Look::Not(BytesClass::Missing)) };
+        let whole = self.whole_frame(segment, at.offset)?;
+        Ok(match whole {
+            Look::Frame(header, ..) if !self.follows(&header, at) => Look::Not(BytesClass::Torn),
+            other => other,
+        })
+    }
+
+    /// Whether `header` says that it comes right after the frame before the cursor.
+    fn follows(&self, header: &FrameHeader, at: &Cursor) -> bool {
+        #[cfg(test)]
+        if self.flaw == Some(Flaw::SkipChain) {
+            return true;
+        }
+        at.chain.is_none_or(|chain| header.prev_end == at.end && header.prev_chain == chain)
+    }
+
+    /// A live frame with an undamaged body, wherever the log before it ends.
+    fn whole_frame(&mut self, segment: Segment, offset: u32) -> Result<Look, RecoveryError> {
+        if offset + FRAME_HEADER as u32 > self.shape.segment_size {
+            return Ok(Look::Not(BytesClass::SegmentEnd));
+        }
+        let place = self.place(segment, offset);
+        let block = self.reader.get(segment.slot, offset, BLOCK as u32)?;
+        let found = self.classify(&block, &place);
+        let Found::Live(header, sums) = found else {
+            let unreadable = self.reader.unreadable.contains(&(segment.slot, offset));
+            return Ok(Look::Not(if unreadable { BytesClass::Unreadable } else { found.class() }));
+        };
+        let frame = self.reader.get(segment.slot, offset, header.frame_bytes)?;
+        #[cfg(test)]
+        if self.flaw == Some(Flaw::NoBodyCrc) {
+            return Ok(Look::Frame(header, sums, frame));
+        }
+        if !sums.body_matches(&frame[FRAME_HEADER..]) {
+            return Ok(Look::Not(BytesClass::Torn));
+        }
+        Ok(Look::Frame(header, sums, frame))
+    }
+
+    fn classify(&self, block: &[u8], place: &Place) -> Found {
+        let found = classify(block, place);
+        #[cfg(test)]
+        if let (Some(Flaw::IgnoreSalt), Found::Stale(header)) = (self.flaw, found) {
+            let mut place = *place;
+            place.segment.salt = header.salt;
+            return classify(block, &place);
+        }
+        found
+    }
+
+    /// Whether the segment at hand simply ended here: the next one begins with a frame that says so.
+    fn continues(&mut self, plan: &Plan, at: &Cursor) -> Result<bool, RecoveryError> {
+        let Some(&next) = plan.segments.get(&(at.sequence + 1)) else { return Ok(false) };
+        if at.chain.is_none() {
+            return Ok(false);
+        }
+        let place = self.place(next, BLOCK as u32);
+        let block = self.reader.get(next.slot, place.offset, BLOCK as u32)?;
+        let Found::Live(header, _) = self.classify(&block, &place) else { return Ok(false) };
+        Ok(self.follows(&header, at))
+    }
+
+    /// Everything at and behind the cursor that looks live, in this and all later segments.
+    fn scan(&mut self, plan: &Plan, at: &Cursor) -> Result<Tail, RecoveryError> {
+        let mut tail = self.scan_rest(plan, at)?;
+        #[cfg(test)]
+        if self.flaw == Some(Flaw::ScanOneSegment) {
+            return Ok(tail);
+        }
+        for (_, &segment) in plan.segments.range(at.sequence + 1..) {
+            tail.add(self.scan_segment(segment, BLOCK as u32)?);
+        }
+        Ok(tail)
+    }
+
+    /// The same, in the segment of the cursor only.
+    fn scan_rest(&mut self, plan: &Plan, at: &Cursor) -> Result<Tail, RecoveryError> {
+        match plan.segments.get(&at.sequence) {
+            Some(&segment) => self.scan_segment(segment, at.offset),
+            None => Ok(Tail::default()),
+        }
+    }
+
+    fn scan_segment(&mut self, segment: Segment, from: u32) -> Result<Tail, RecoveryError> {
+        let mut tail = Tail::default();
+        for offset in (from..self.shape.segment_size).step_by(BLOCK) {
+            let place = self.place(segment, offset);
+            let block = self.reader.get(segment.slot, offset, BLOCK as u32)?;
+            if let Found::Live(header, _) = self.classify(&block, &place) {
+                self.out.time = self.out.time.max(header.time);
+                tail.durable = tail.durable.max(header.durable);
+                tail.found.frames += 1;
+                tail.found.bytes += u64::from(header.padded_bytes());
+                tail.found.records += u64::from(header.records);
+            }
+        }
+        Ok(tail)
+    }
+
+    /// Where the log can be read again behind damage at the cursor.
+    fn next_whole(&mut self, plan: &Plan, at: &Cursor) -> Result<Option<Cursor>, RecoveryError> {
+        let size = self.shape.segment_size;
+        for (&sequence, &segment) in plan.segments.range(at.sequence..) {
+            let from = if sequence == at.sequence { at.offset + BLOCK as u32 } else { BLOCK as u32 };
+            for offset in (from..size).step_by(BLOCK) {
+                if let Look::Frame(header, ..) = self.whole_frame(segment, offset)? {
+                    let inside = plan.sealed.is_none_or(|sealed| header.end() <= sealed.end);
+                    return Ok(inside.then_some(Cursor { sequence, offset, end: header.lsn, chain: None }));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Yields the records of one frame of the log.
+    fn frame(
+        &mut self,
+        segment: Segment,
+        offset: u32,
+        header: &FrameHeader,
+        frame: &Bytes,
+        walked: &mut Walked,
+    ) -> Result<(), RecoveryError> {
+        self.out.time = self.out.time.max(header.time);
+        walked.frames += 1;
+        walked.records += u64::from(header.records);
+        walked.clean = header.kind == FrameKind::Clean;
+        let (stream, lsn) = (segment.stream, header.lsn);
+        let mut at = FRAME_HEADER;
+        let mut left = header.records;
+        while left > 0 {
+            let sub = frame.get(at..).and_then(SubBatch::decode).filter(|sub| (1..=left).contains(&sub.records));
+            let Some(sub) = sub else { return self.fail(RecoveryError::Count { stream, frame: lsn }) };
+            if sub.vshard.0 >= self.shape.vshards {
+                let (vshard, vshards) = (sub.vshard, self.shape.vshards);
+                return self.fail(RecoveryError::VShard { vshard, vshards, stream, frame: lsn });
+            }
+            walked.vshards.insert(sub.vshard);
+            at += SUB_BATCH_HEADER;
+            left -= sub.records;
+            for nth in 0..u64::from(sub.records) {
+                let (record, used) = match Record::decode(&frame[at..]) {
+                    Ok(decoded) => decoded,
+                    Err(error) => return self.fail(RecoveryError::Record { stream, frame: lsn, error }),
+                };
+                if record.is_entry() != (sub.base > 0) {
+                    return self.fail(RecoveryError::Count { stream, frame: lsn });
+                }
+                let index = (sub.base > 0).then(|| sub.base.saturating_add(nth));
+                let at_ref =
+                    LogRef { slot: segment.slot, offset: offset + at as u32, len: record.encoded_len() as u32 };
+                at += used;
+                if self.admit(sub.vshard, index, &record, stream, lsn)? {
+                    (self.visit)(Entry {
+                        vshard: sub.vshard,
+                        index,
+                        at: at_ref,
+                        record,
+                        time: sub.time,
+                        stream,
+                        frame: lsn,
+                    });
+                }
+            }
+        }
+        if at != frame.len() && header.kind == FrameKind::Records {
+            return self.fail(RecoveryError::Count { stream, frame: lsn });
+        }
+        Ok(())
+    }
+
+    /// Checks that indexes are dense. Returns whether the record is to be yielded.
+    fn admit(
+        &mut self,
+        vshard: VShard,
+        index: Option<u64>,
+        record: &Record<'_>,
+        stream: StreamId,
+        frame: Lsn,
+    ) -> Result<bool, RecoveryError> {
+        let Some(index) = index else { return Ok(true) };
+        let nth = usize::from(vshard.0);
+        let covered = self.checkpoint.map_or(0, |checkpoint| checkpoint.vshards[nth].last_index);
+        if index <= covered {
+            return Ok(matches!(record, Record::Published(_)));
+        }
+        let expected = self.out.last_index[nth].saturating_add(1);
+        if index != expected {
+            self.fail(RecoveryError::IndexGap { vshard, expected, found: index, stream, frame })?;
+        }
+        self.out.last_index[nth] = index.max(expected - 1);
+        Ok(true)
+    }
+
+    fn damage(
+        &self,
+        stream: StreamId,
+        plan: &Plan,
+        at: &Cursor,
+        to: Lsn,
+        class: BytesClass,
+        walked: &Walked,
+    ) -> Damage {
+        Damage {
+            stream,
+            sequence: at.sequence,
+            slot: plan.segments.get(&at.sequence).map(|segment| segment.slot),
+            offset: at.offset,
+            from: at.end,
+            to,
+            class,
+            frames_before: walked.frames,
+            records_before: walked.records,
+            frames_after: 0,
+            records_after: 0,
+            vshards: walked.vshards.iter().copied().collect(),
+        }
+    }
+
+    fn place(&self, segment: Segment, offset: u32) -> Place {
+        Place { store_tag: self.shape.store.tag(), segment, segment_size: self.shape.segment_size, offset }
+    }
+
+    /// Stops a strict recovery; a salvage remembers it and goes on.
+    fn fail(&mut self, error: RecoveryError) -> Result<(), RecoveryError> {
+        match self.mode {
+            Mode::Strict => Err(error),
+            Mode::Salvage => {
+                self.out.damage.push(error);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// What one stream held so far.
+#[derive(Debug, Default)]
+struct Walked {
+    frames: u64,
+    records: u64,
+    vshards: BTreeSet<VShard>,
+    clean: bool,
+}
+
+impl Tail {
+    fn add(&mut self, other: Tail) {
+        self.durable = self.durable.max(other.durable);
+        self.found.frames += other.found.frames;
+        self.found.bytes += other.found.bytes;
+        self.found.records += other.found.records;
+    }
+}
+
+/// Reads in large pieces, keeps the last one.
+struct Reader<'a, S: ?Sized> {
+    segments: &'a S,
+    segment_size: u32,
+    mode: Mode,
+    slot: Slot,
+    start: u32,
+    piece: Bytes,
+    /// Blocks that a salvage could not read and took for zeros.
+    unreadable: BTreeSet<(Slot, u32)>,
+}
+
+impl<'a, S: Segments + ?Sized> Reader<'a, S> {
+    fn new(segments: &'a S, segment_size: u32, mode: Mode) -> Reader<'a, S> {
+        let unreadable = BTreeSet::new();
+        Reader { segments, segment_size, mode, slot: Slot(0), start: 0, piece: Bytes::new(), unreadable }
+    }
+
+    /// `len` bytes; `offset` is a multiple of [`BLOCK`] and the end inside the segment.
+    fn get(&mut self, slot: Slot, offset: u32, len: u32) -> Result<Bytes, ReadError> {
+        let held = self.slot == slot
+            && offset >= self.start
+            && u64::from(offset) + u64::from(len) <= u64::from(self.start) + self.piece.len() as u64;
+        if !held {
+            let want = len.next_multiple_of(BLOCK as u32).max(READ_BYTES).min(self.segment_size - offset);
+            self.piece = self.read(slot, offset, want)?;
+            (self.slot, self.start) = (slot, offset);
+        }
+        let from = (offset - self.start) as usize;
+        Ok(self.piece.slice(from..from + len as usize))
+    }
+
+    fn read(&mut self, slot: Slot, offset: u32, len: u32) -> Result<Bytes, ReadError> {
+        let error = match self.segments.read(slot, offset, len) {
+            Ok(bytes) if bytes.len() == len as usize => return Ok(bytes),
+            Ok(bytes) => ReadError { slot, offset, len, reason: format!("only {} came", bytes.len()) },
+            Err(error) => error,
+        };
+        if self.mode == Mode::Strict {
+            return Err(error);
+        }
+        let mut whole = Vec::with_capacity(len as usize);
+        for at in (offset..offset + len).step_by(BLOCK) {
+            match self.segments.read(slot, at, BLOCK as u32) {
+                Ok(block) if block.len() == BLOCK => whole.extend_from_slice(&block),
+                _ => {
+                    self.unreadable.insert((slot, at));
+                    whole.resize(whole.len() + BLOCK, 0);
+                }
+            }
+        }
+        Ok(Bytes::from(whole))
+    }
+}
