@@ -26,7 +26,9 @@ const STREAM: StreamId = StreamId { incarnation: 1, core: 0 };
 pub enum RewriteError {
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("{path} is there already; name a new directory (one that ends in .partial was left by a command that was killed: remove it)")]
+    #[error(
+        "{path} is there already; name a new directory (one that ends in .partial was left by a command that was killed: remove it)"
+    )]
     Exists { path: PathBuf },
     #[error("a record does not fit a segment of the new store: {0}")]
     TooLarge(AppendError),
@@ -82,7 +84,17 @@ impl Rewriter {
         };
         let mut slots = 0;
         let log = Log::new(config, make_slot(&store, &mut slots, time)?);
-        Ok(Rewriter { store, out, log, open: None, slots, segments: Vec::new(), end: Lsn(BLOCK as u64), time, finished: false })
+        Ok(Rewriter {
+            store,
+            out,
+            log,
+            open: None,
+            slots,
+            segments: Vec::new(),
+            end: Lsn(BLOCK as u64),
+            time,
+            finished: false,
+        })
     }
 
     /// Adds one record; indexes are given anew. `time`: when it was first logged.

@@ -696,3 +696,139 @@ pub fn import_v1(options: ImportOptions, progress: Progress<'_>) -> Result<Impor
     rewriter.finish(None)?;
     Ok(report)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::wal::disk::{slot_path, tests::scratch};
+    use crate::wal::import_v1::tests as v1;
+    use crate::wal::start::tests::{MESSAGES, filled};
+    use crate::wal::store::tests::options;
+
+    fn quiet() -> impl FnMut(u64, u64) {
+        |_, _| {}
+    }
+
+    fn import(dir: &Path, bytes: &[u8], accept_loss: bool) -> Result<ImportReport, ToolError> {
+        let file = dir.join("v1.wal");
+        fs::write(&file, bytes).unwrap();
+        let options = ImportOptions {
+            file,
+            store: options(dir.join("new.wal")),
+            durable: "imported".to_owned(),
+            accept_loss,
+            vshard_of: |name, _, vshards| VShard(u16::from(name[0]) % vshards),
+        };
+        import_v1(options, &mut quiet())
+    }
+
+    fn dumped(path: &Path) -> Vec<serde_json::Value> {
+        let mut out = Vec::new();
+        let options = DumpOptions { json: true, force: false, vshard: None, payload_bytes: 64 };
+        assert_eq!(dump(path, options, &mut out, &mut quiet()).unwrap(), Vec::<String>::new());
+        let text = String::from_utf8(out).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_v1_log_becomes_topics_with_a_durable_subscription() {
+        let dir = scratch("tools-import");
+        let mut bytes = v1::header();
+        bytes.extend(v1::record(1, "test", b"hello"));
+        bytes.extend(v1::record(2, "other", b""));
+        bytes.extend(v1::record(3, "test", b"again"));
+        bytes.extend([3; 20]);
+        let report = import(&dir, &bytes, false).unwrap();
+        assert_eq!((report.topics, report.messages, report.payload_bytes, report.torn_bytes), (2, 3, 10, 20));
+        let lines = dumped(&dir.join("new.wal"));
+        let of = |kind: &str| lines.iter().filter(|line| line["type"] == kind).cloned().collect::<Vec<_>>();
+        assert_eq!(of("topic_created").len(), 2);
+        let subs = of("sub_created");
+        assert!(subs.len() == 2 && subs.iter().all(|sub| sub["kind"] == "durable imported" && sub["start"] == 1));
+        let test = u64::from(b't' % 8);
+        let messages: Vec<_> = of("published").into_iter().filter(|line| line["vshard"] == test).collect();
+        assert_eq!(messages.len(), 2);
+        assert_eq!((&messages[0]["seq"], &messages[0]["payload"]), (&1.into(), &"hello".into()));
+        assert_eq!((&messages[1]["seq"], &messages[1]["payload"]), (&2.into(), &"again".into()));
+        assert!(verify(&dir.join("new.wal"), false, &mut quiet()).unwrap().ok);
+        // The store is there now: a second import must not touch it.
+        assert_eq!(import(&dir, &bytes, false).unwrap_err().exit_code(), 64);
+    }
+
+    #[test]
+    fn a_damaged_v1_log_is_refused_with_the_offset_unless_loss_is_accepted() {
+        let dir = scratch("tools-import-damaged");
+        let mut bytes = v1::header();
+        bytes.extend(v1::record(1, "a", b"one"));
+        let at = bytes.len();
+        bytes.extend(v1::record(2, "a", b"two"));
+        *bytes.last_mut().unwrap() ^= 1;
+        bytes.extend(v1::record(3, "a", b"three"));
+        let error = import(&dir, &bytes, false).unwrap_err();
+        assert_eq!(error.exit_code(), 65);
+        assert!(error.to_string().contains(&format!("offset {at}")), "{error}");
+        assert!(!dir.join("new.wal").exists() && !dir.join("new.wal.partial").exists());
+        let report = import(&dir, &bytes, true).unwrap();
+        assert_eq!((report.messages, report.damage.len()), (2, 1));
+    }
+
+    #[test]
+    fn a_whole_store_verifies_and_counts() {
+        let dir = scratch("tools-verify");
+        let store = filled(&dir, None);
+        let path = store.dir().to_owned();
+        assert_eq!(verify(&path, false, &mut quiet()).unwrap_err().exit_code(), 75, "the store is in use");
+        let report = verify(&path, true, &mut quiet()).unwrap();
+        assert!(report.ok && report.in_use && report.clean_stop);
+        assert_eq!(report.messages, MESSAGES);
+        drop(store);
+        let mut last = (0, 0);
+        let report = stat(&path, false, &mut |done, total| last = (done, total)).unwrap();
+        assert_eq!(report.records["published"], MESSAGES);
+        assert_eq!(report.last_index, BTreeMap::from([(2, MESSAGES + 1)]));
+        assert!(!report.in_use && report.checkpoint.is_none() && report.damage.is_empty());
+        assert!(report.segments.iter().filter(|segment| segment.state == "live").count() >= 3);
+        assert!(last.0 > 0 && last.0 <= last.1);
+        serde_json::to_string(&report).unwrap();
+    }
+
+    #[test]
+    fn salvage_keeps_what_is_whole_and_says_what_is_not() {
+        let dir = scratch("tools-salvage");
+        let mut states = vec![VShardState::default(); 8];
+        states[2] = VShardState { last_index: 11, state: Bytes::from_static(b"blob") };
+        let store = filled(&dir, Some(states));
+        let path = store.dir().to_owned();
+        drop(store);
+        let slot = slot_path(&path.join("wal"), Slot(1));
+        let file = fs::OpenOptions::new().write(true).open(&slot).unwrap();
+        file.write_all_at(&[0xee; 4096], 409_600).unwrap();
+        let before = fs::read(&slot).unwrap();
+        let report = verify(&path, false, &mut quiet()).unwrap();
+        assert!(!report.ok && report.damage.len() >= 1, "{report:?}");
+
+        let out = dir.join("saved.wal");
+        assert_eq!(salvage(&path, &out, false, &mut quiet()).unwrap_err().exit_code(), 64);
+        let report = salvage(&path, &out, true, &mut quiet()).unwrap();
+        assert_eq!(fs::read(&slot).unwrap(), before, "the old store is left as it is");
+        assert!(!report.damage.is_empty());
+        let [lost] = report.lost[..] else { panic!("{:?}", report.lost) };
+        assert_eq!(report.messages_kept + (lost.to - lost.from + 1), MESSAGES);
+        assert!(out.join("salvage-report.json").exists());
+
+        // The new store is whole, its indexes are dense, and the checkpoint's state covers what it did before.
+        let verified = verify(&out, false, &mut quiet()).unwrap();
+        assert!(verified.ok && verified.clean_stop, "{verified:?}");
+        assert_eq!((verified.messages, verified.checkpoint), (report.messages_kept, 1));
+        let lines = dumped(&out);
+        let indexes: Vec<u64> = lines.iter().map(|line| line["index"].as_u64().unwrap()).collect();
+        assert_eq!(indexes, (1..=report.messages_kept).collect::<Vec<u64>>());
+        let new = Store::open_existing(&out, false).unwrap();
+        let checkpoint = read_checkpoints(&new).unwrap().newest.unwrap();
+        // Of the 11 entries in the state the first was the topic's creation, which is not written again.
+        assert_eq!(checkpoint.vshards[2], VShardState { last_index: 10, state: Bytes::from_static(b"blob") });
+    }
+}
