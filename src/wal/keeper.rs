@@ -630,6 +630,7 @@ impl Keeper {
 mod tests {
     use std::collections::BTreeSet;
     use std::fs;
+    use std::path::PathBuf;
 
     use super::*;
     use crate::wal::disk::tests::scratch;
@@ -710,7 +711,11 @@ mod tests {
     }
 
     fn start(name: &str, disk_quota: u64) -> (Arc<Store>, KeeperHandle, FakeCore) {
-        let store = Arc::new(Store::open(&options(scratch(name))).unwrap());
+        start_in(scratch(name), disk_quota)
+    }
+
+    fn start_in(dir: PathBuf, disk_quota: u64) -> (Arc<Store>, KeeperHandle, FakeCore) {
+        let store = Arc::new(Store::open(&options(dir)).unwrap());
         let config = KeeperConfig { cores: 1, spare: 1, disk_quota, checkpoint_interval: Duration::from_millis(5) };
         let handle = Keeper::start(Arc::clone(&store), &RecoveredStore::empty(), config).unwrap();
         let core = FakeCore {
@@ -817,6 +822,45 @@ mod tests {
         assert!(core.stop());
         assert_eq!(disk::list_slots(&store.wal_dir()).unwrap().len(), 3, "one in use, one granted, one spare");
         handle.thread.join().unwrap();
+    }
+
+    /// `mount -o loop` a 16 MiB ext4 image somewhere and name it in BLIPMQ_TEST_SMALL_FS.
+    #[test]
+    #[ignore = "needs a small file system: BLIPMQ_TEST_SMALL_FS"]
+    fn a_full_disk_refuses_publishes_and_recovers_by_itself() {
+        let dir = PathBuf::from(std::env::var("BLIPMQ_TEST_SMALL_FS").unwrap()).join("full.wal");
+        let (store, handle, mut core) = start_in(dir, 0);
+        let mut grants = handle.grants[0].clone();
+        let refused = |message: &ToCore| matches!(message, ToCore::NoSpace { .. });
+        for wanted in 1.. {
+            assert!(wanted < 100, "the file system is too large for this test");
+            core.to_keeper.send(ToKeeper::WantGrant { core: CoreId(0), count: 1 }).unwrap();
+            core.until("an answer", |heard| heard.iter().any(|m| matches!(m, ToCore::Grant(_)) || refused(m)));
+            match core.heard.last().unwrap() {
+                ToCore::Grant(grant) => grants.push(*grant),
+                _ => break,
+            }
+        }
+        let Some(ToCore::NoSpace { reason }) = core.heard.iter().rfind(|message| refused(message)) else { panic!() };
+        assert!(reason.contains("No space left on device"), "{reason}");
+        assert!(
+            fs::read_dir(store.wal_dir())
+                .unwrap()
+                .all(|entry| { entry.unwrap().file_name().to_string_lossy().ends_with(".seg") })
+        );
+        // Everything but the last segment is consumed: the grant that waits comes, and publishes are taken again.
+        for grant in &grants {
+            core.begin(*grant);
+        }
+        core.covered = (grants.len() as u64 - 1) * SIZE + 4096;
+        core.until("space", |heard| {
+            heard.iter().any(|message| matches!(message, ToCore::SpaceBack))
+                && heard.iter().any(|message| matches!(message, ToCore::Grant(_)))
+        });
+        assert!(core.stop());
+        handle.thread.join().unwrap();
+        drop(store);
+        fs::remove_dir_all(PathBuf::from(std::env::var("BLIPMQ_TEST_SMALL_FS").unwrap()).join("full.wal")).unwrap();
     }
 
     #[test]

@@ -474,8 +474,10 @@ pub struct SalvageReport {
     pub to: String,
     pub records_kept: u64,
     pub messages_kept: u64,
-    /// The checkpoint whose states went along; 0: none was whole, and topics made before the oldest segment are unknown.
+    /// The checkpoint whose states went along; 0: there was none, or none was whole.
     pub checkpoint: u64,
+    /// Checkpoints had been written and none was whole: topics made before the oldest segment are unknown.
+    pub states_lost: bool,
     /// Entries of the log that are gone.
     pub lost: Vec<LostRange>,
     pub damage: Vec<String>,
@@ -527,6 +529,7 @@ pub fn salvage(path: &Path, out: &Path, accept_loss: bool, progress: Progress<'_
         records_kept: kept.records,
         messages_kept: kept.messages,
         checkpoint: scan.newest.as_ref().map_or(0, |checkpoint| checkpoint.number),
+        states_lost: scan.checkpoint_error.is_some(),
         damage: scan.damage(),
         lost: kept.lost,
     };
