@@ -48,13 +48,13 @@ impl Default for ReconnectPolicy {
 /// The identity of confirmed publishes that were given none: what lets the broker recognise one that is sent again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Dedup {
-    /// A message id of 16 bytes: the client's random id and a counter. Exact within the broker's window of ids.
+    /// The client's random id as publisher, and a number that counts per topic: exact however long the broker was away,
+    /// and cheap. Consumers do not see it. Beyond 65536 topics, the rest get a message id.
     #[default]
-    MessageId,
-    /// The client's random id as publisher and a growing sequence: cheaper for the broker, and without a window. But the
-    /// broker takes every sequence below the last stored one for stored: if it rejected a message, stored a later one of
-    /// the same topic, and the connection ended before it could say so, the resent one is answered as a duplicate.
     Sequence,
+    /// A message id of 16 bytes: the client's random id and a counter. Consumers see it; the broker remembers it for a
+    /// limited time.
+    MessageId,
     /// None: what was under way when a connection was lost may be stored twice.
     Off,
 }
@@ -95,7 +95,7 @@ impl ClientOptions {
         self
     }
 
-    /// Default: [`Dedup::MessageId`].
+    /// Default: [`Dedup::Sequence`].
     pub fn dedup(mut self, dedup: Dedup) -> ClientOptions {
         self.dedup = dedup;
         self

@@ -146,6 +146,8 @@ pub(super) struct Session {
     by_id: FxHashMap<ClientSub, SubKey>,
     dirty: Vec<SubKey>,
     spellings: FxHashMap<Bytes, Spelling>,
+    /// The last sequence of each topic. Dense, since the broker remembers what is stored as ranges.
+    sequences: FxHashMap<Bytes, u64>,
     next_alias: u32,
     welcome: Option<Welcome>,
     /// Room in the window to give back.
@@ -171,6 +173,8 @@ pub(super) struct Room {
 
 /// Publishes on a connection before their topic gets an alias.
 const ALIAS_AFTER: u32 = 4;
+/// Topics whose messages are numbered.
+const SEQUENCES_MAX: usize = 65_536;
 /// Topics whose use is counted; when full, those without an alias are forgotten.
 const SPELLINGS_MAX: usize = 4 * limits::ALIASES_PER_CONN_MAX;
 /// Deliveries of one subscription that may wait for the program. At QoS1 the credit is below it.
@@ -201,6 +205,7 @@ impl Session {
             by_id: FxHashMap::default(),
             dirty: Vec::new(),
             spellings: FxHashMap::default(),
+            sequences: FxHashMap::default(),
             next_alias: 1,
             welcome: None,
             freed: Room::default(),
@@ -389,7 +394,7 @@ impl Session {
         let cid = self.cid();
         publish.confirm = true;
         if publish.identity.is_none() && publish.qos == Qos::AtLeastOnce {
-            publish.identity = self.identity(cid);
+            publish.identity = self.identity(&publish.topic, cid);
         }
         self.pending.insert(cid, Pending { publish, cost, sent: false, answer });
         if self.phase == Phase::Up {
@@ -410,18 +415,34 @@ impl Session {
         true
     }
 
-    /// The correlation id serves as counter: it never repeats in this client, and grows in publish order.
-    fn identity(&self, cid: u64) -> Option<Identity> {
+    fn identity(&mut self, topic: &TopicRef, cid: u64) -> Option<Identity> {
         match self.dedup {
-            Dedup::MessageId => {
-                let mut id = [0; 16];
-                id[..8].copy_from_slice(&self.client_id.to_be_bytes());
-                id[8..].copy_from_slice(&cid.to_be_bytes());
-                Some(Identity::MessageId(Bytes::copy_from_slice(&id)))
+            Dedup::Off => return None,
+            Dedup::MessageId => {}
+            Dedup::Sequence => {
+                if let Some(sequence) = self.next_sequence(topic) {
+                    return Some(Identity::Publisher { id: self.client_id, sequence });
+                }
             }
-            Dedup::Sequence => Some(Identity::Publisher { id: self.client_id, sequence: cid }),
-            Dedup::Off => None,
         }
+        // The correlation id serves as counter: it never repeats in this client.
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&self.client_id.to_be_bytes());
+        id[8..].copy_from_slice(&cid.to_be_bytes());
+        Some(Identity::MessageId(Bytes::copy_from_slice(&id)))
+    }
+
+    fn next_sequence(&mut self, topic: &TopicRef) -> Option<u64> {
+        let TopicRef::Name(name) = topic else { return None };
+        if let Some(last) = self.sequences.get_mut(name) {
+            *last += 1;
+            return Some(*last);
+        }
+        if self.sequences.len() >= SEQUENCES_MAX {
+            return None;
+        }
+        self.sequences.insert(name.clone(), 1);
+        Some(1)
     }
 
     fn send_pending(&mut self, cid: u64) {
@@ -805,6 +826,7 @@ impl Session {
                 answers.into_iter().for_each(|answer| drop(answer.send(Err(refused.clone()))));
             }
             None if self.pending.contains_key(&cid) => self.on_rejected(cid, refused),
+            None if cid == 0 && code == code::UNKNOWN => self.on_deleted(refused, &text),
             None if cid == 0 => return Err(Fault::Broken(refused.to_string())),
             None => {
                 self.refused_unconfirmed += 1;
@@ -816,6 +838,15 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// Somebody deleted a durable subscription. The text says which: `subscription 7 was deleted`.
+    fn on_deleted(&mut self, deleted: Error, text: &str) {
+        let id = text.split(' ').find_map(|word| word.parse().ok()).map(ClientSub);
+        match id.and_then(|id| self.by_id.get(&id).copied()) {
+            Some(key) => self.end_sub(key, Some(deleted)),
+            None => tracing::warn!(error = %deleted, "the broker ended something this client does not know"),
+        }
     }
 
     fn on_confirm(&mut self, cid: u64, outcome: Outcome) {

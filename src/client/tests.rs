@@ -171,13 +171,6 @@ async fn waits<F: Future>(mut future: Pin<&mut F>) -> bool {
     std::future::poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx).is_pending())).await
 }
 
-fn message_id(publish: &Publish) -> Bytes {
-    match &publish.identity {
-        Some(Identity::MessageId(id)) => id.clone(),
-        other => panic!("a message id expected, got {other:?}"),
-    }
-}
-
 #[tokio::test]
 async fn logs_in_and_knows_the_broker() {
     let (broker, options) = Broker::start().await;
@@ -250,7 +243,13 @@ async fn confirms_may_come_in_any_order() {
         assert_eq!((publish.priority, publish.ttl), (3, Some(crate::time::Duration::ZERO)));
         heard.push((cid, publish));
     }
-    assert_ne!(message_id(&heard[0].1), message_id(&heard[1].1));
+    let publisher = |publish: &Publish| match publish.identity {
+        Some(Identity::Publisher { id, sequence }) => (id, sequence),
+        _ => panic!("a publisher's sequence expected, got {:?}", publish.identity),
+    };
+    let (id, _) = publisher(&heard[0].1);
+    let identities: Vec<(u64, u64)> = heard.iter().map(|(_, publish)| publisher(publish)).collect();
+    assert_eq!(identities, [(id, 1), (id, 2), (id, 3)], "numbered densely");
     let outcome = Outcome::Rejected { code: code::STORAGE_FULL, text: "disk quota used up".into() };
     peer.say(Reply::Confirm { cid: heard[2].0, outcome }).await;
     let outcome = Outcome::Duplicate { level: Durability::Written, position: Lsn(5) };
@@ -283,7 +282,7 @@ async fn the_window_holds_publishers_back() {
 
 #[tokio::test]
 async fn unconfirmed_publishes_are_sent_again_in_order_with_the_same_identity() {
-    for dedup in [Dedup::MessageId, Dedup::Sequence] {
+    for dedup in [Dedup::Sequence, Dedup::MessageId] {
         let (broker, options) = Broker::start().await;
         let (client, mut peer) = connected(options.dedup(dedup), &broker).await;
         let mut answers = Vec::new();
@@ -510,6 +509,14 @@ async fn a_refused_subscription_says_why() {
     };
     let (refused, ()) = tokio::join!(client.subscribe("secret").open(), script);
     assert_eq!(refused.err(), Some(Error::Refused { code: 403, text: "no".into() }));
+
+    // Likewise when somebody deletes it.
+    let (subscription, _) = tokio::join!(client.subscribe("t").durable("d").open(), peer.subscribe(7));
+    let mut subscription = subscription.expect("subscribed");
+    peer.say(Reply::Error { cid: 0, code: code::UNKNOWN, text: "subscription 7 was deleted".into() }).await;
+    assert!(subscription.next().await.is_none());
+    assert!(matches!(subscription.error(), Some(Error::Refused { code: 404, .. })));
+    drop(subscription);
 
     // Likewise when it is refused later, after a reconnect.
     let (subscription, _) = tokio::join!(client.subscribe("t").open(), peer.subscribe(1));

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use blipmq::client;
 
+use crate::wal;
+
 /// Why a subcommand could not do what it was asked to.
 #[derive(Debug)]
 pub struct Failure {
@@ -38,6 +40,12 @@ impl Failure {
 impl From<client::Error> for Failure {
     fn from(error: client::Error) -> Failure {
         Failure::new(error.to_string())
+    }
+}
+
+impl From<wal::Failed> for Failure {
+    fn from(failed: wal::Failed) -> Failure {
+        Failure { message: failed.message, code: failed.code }
     }
 }
 

@@ -12,6 +12,7 @@ mod request;
 mod subscribe;
 mod top;
 mod values;
+mod wal;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -81,6 +82,10 @@ enum Command {
     Top(top::Args),
     /// Check a configuration file and print the settings it leads to.
     Config(config::Args),
+    /// Look into a store while no broker uses it.
+    Wal(wal::Args),
+    /// Bring the log of a version 1 broker into a new store.
+    ImportV1(wal::ImportV1),
 }
 
 fn main() -> ExitCode {
@@ -94,6 +99,8 @@ fn main() -> ExitCode {
         Command::Subs(args) => run(admin::subs(&global, args)),
         Command::Top(args) => run(top::run(&global, args)),
         Command::Config(args) => config::run(&global, args),
+        Command::Wal(args) => wal::run(args, global.json).map_err(Failure::from),
+        Command::ImportV1(args) => wal::import_v1(args, global.json).map_err(Failure::from),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -21,7 +21,7 @@ Examples:
   blipmq sub orders --durable billing --start earliest
                                                  and begins with what other subscriptions still keep
   blipmq sub orders --count 1 --json             one message with its headers, for a program
-  blipmq sub orders.dlq --durable look --ack none --idle 1s
+  blipmq sub orders.dlq --durable dead-letters --ack none --idle 1s
                                                  look at dead letters without taking them
   blipmq sub orders --durable billing --ack manual
                                                  decide about each: ack, requeue, requeue 5s, reject
