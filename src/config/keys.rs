@@ -74,7 +74,7 @@ const MS_NOT_ZERO: &str = "milliseconds, 1 to 31622400000 (366 days)";
 const MS_MAX: u64 = 366 * 24 * 3_600_000;
 const FLAG: &str = "true or false";
 
-/// The largest batch and the segment's header must fit.
+/// Messages larger than a segment are refused with 413: small segments are for tests and small disks.
 const SEGMENT_MIN: u64 = 1 << 20;
 /// An offset in a segment is 32 bits.
 const SEGMENT_MAX: u64 = 1 << 30;

@@ -76,8 +76,15 @@ fn log_recovery(store: &RecoveredStore, catalogs: &[Catalog], began: Instant, co
     let messages: u64 = catalogs.iter().flat_map(|c| c.topics.values()).map(|t| t.index.live()).sum();
     let took_ms = began.elapsed().as_millis() as u64;
     tracing::info!(
-        topics, subscriptions, messages, records = recovered.records, frames = recovered.frames,
-        clean = recovered.clean, took_ms, incarnation = store.incarnation, "recovered the store"
+        topics,
+        subscriptions,
+        messages,
+        records = recovered.records,
+        frames = recovered.frames,
+        clean = recovered.clean,
+        took_ms,
+        incarnation = store.incarnation,
+        "recovered the store"
     );
     if store.fallbacks > 0 {
         tracing::warn!(fallbacks = store.fallbacks, "a checkpoint file was damaged; the older one was used");
@@ -85,11 +92,16 @@ fn log_recovery(store: &RecoveredStore, catalogs: &[Catalog], began: Instant, co
     let cut = recovered.truncated;
     if cut.frames > 0 || cut.bytes > 0 {
         tracing::warn!(
-            truncated_bytes = cut.bytes, truncated_frames = cut.frames, truncated_records = cut.records,
+            truncated_bytes = cut.bytes,
+            truncated_frames = cut.frames,
+            truncated_records = cut.records,
             "the log ended in a torn tail, which was cut off: {}",
             match config.fsync_policy {
                 crate::wal::commit::FsyncPolicy::Always => "nothing confirmed was in it".to_owned(),
-                policy => format!("up to {} confirmed records are lost, as fsync_policy {policy} allows after a power loss", cut.records),
+                policy => format!(
+                    "up to {} confirmed records are lost, as fsync_policy {policy} allows after a power loss",
+                    cut.records
+                ),
             }
         );
     }
@@ -97,7 +109,15 @@ fn log_recovery(store: &RecoveredStore, catalogs: &[Catalog], began: Instant, co
 
 impl Recovery {
     /// What each core's shard is made of. `grants`: by core, the first is the one it begins with.
-    pub fn into_parts(self, store: &Store, config: &Config, cores: u16, grants: &mut [Vec<Grant>], keys: &KeyRing, port: u16) -> Vec<Parts> {
+    pub fn into_parts(
+        self,
+        store: &Store,
+        config: &Config,
+        cores: u16,
+        grants: &mut [Vec<Grant>],
+        keys: &KeyRing,
+        port: u16,
+    ) -> Vec<Parts> {
         let sub_ids = ClientSubIds::default();
         let mut by_core: Vec<Catalog> = (0..cores).map(|_| Catalog::default()).collect();
         for (number, catalog) in self.catalogs.into_iter().enumerate() {

@@ -24,9 +24,6 @@ impl Clock {
 
     pub fn now(&self) -> Now {
         let elapsed = self.start.elapsed();
-        Now {
-            mono: Instant(elapsed.as_nanos() as u64),
-            wall: WallMs(self.anchor + elapsed.as_millis() as u64),
-        }
+        Now { mono: Instant(elapsed.as_nanos() as u64), wall: WallMs(self.anchor + elapsed.as_millis() as u64) }
     }
 }

@@ -116,7 +116,8 @@ impl Drop for EndGuard {
 }
 
 async fn run(plan: Plan) {
-    let Plan { control, reports, from_keeper, inquiries, listeners, connections_max, user_timeout, drain, id, .. } = plan;
+    let Plan { control, reports, from_keeper, inquiries, listeners, connections_max, user_timeout, drain, id, .. } =
+        plan;
     let mut effects = Effects::new(plan.cores);
     let shard = Shard::new(plan.parts, plan.clock.now(), &mut effects);
     let core = Rc::new(Core {

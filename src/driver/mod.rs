@@ -4,6 +4,8 @@
 
 /// The outside beat.
 pub mod beat;
+/// The whole broker: start and stop.
+pub mod broker;
 /// Recovers the store, and makes the parts of each core's shard.
 pub mod boot;
 pub mod clock;
@@ -46,6 +48,11 @@ use crate::types::{ConnId, CoreId};
 use crate::wal::format::Segment;
 use crate::wal::keeper::ToKeeper;
 use crate::wal::writer::Writer;
+
+/// What the runtime wants done before any thread exists.
+pub fn early_init() {
+    glommio::early_init();
+}
 
 /// Everything one core's tasks share.
 pub struct Core {

@@ -24,7 +24,9 @@ const EXIT_CORRUPT: i32 = 65;
 impl Core {
     pub(super) fn perform(self: &Rc<Core>, effects: &mut Effects) {
         if let Some(what) = effects.corrupt.take() {
-            tracing::error!("the log is damaged: {what}; stopping before anything is built on it. `blipmq wal verify` shows the extent");
+            tracing::error!(
+                "the log is damaged: {what}; stopping before anything is built on it. `blipmq wal verify` shows the extent"
+            );
             std::process::exit(EXIT_CORRUPT);
         }
         self.send_replies(effects);
@@ -177,7 +179,9 @@ impl Core {
 
 /// Nobody knows what is on the disk now: nothing may be promised any more, and nothing tried again.
 pub(super) fn fail_stop(error: &WriteFailed) -> ! {
-    tracing::error!("{error}; stopping: what was confirmed is safe, what was not is unknown. Check the disk, then start again");
+    tracing::error!(
+        "{error}; stopping: what was confirmed is safe, what was not is unknown. Check the disk, then start again"
+    );
     std::process::exit(EXIT_IO);
 }
 

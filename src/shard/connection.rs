@@ -658,7 +658,10 @@ impl Connections {
             {
                 let (messages, bytes) = (sub.untold_messages, sub.untold_bytes);
                 (sub.untold_messages, sub.untold_bytes) = (0, 0);
-                taken.push((sub.core, Ask::Taken { who: Consumer { conn: id, sub: *client }, sub: sub_id, messages, bytes }));
+                taken.push((
+                    sub.core,
+                    Ask::Taken { who: Consumer { conn: id, sub: *client }, sub: sub_id, messages, bytes },
+                ));
             }
         }
         for (core, ask) in taken {

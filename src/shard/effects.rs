@@ -62,11 +62,15 @@ pub struct BacklogRead {
 
 #[derive(Debug)]
 pub enum ForKeeper {
-    WantGrant { count: usize },
+    WantGrant {
+        count: usize,
+    },
     Snapshot(Snapshot),
     /// Nothing was logged since the last snapshot.
     Unchanged,
-    Relocated { slot: Slot },
+    Relocated {
+        slot: Slot,
+    },
 }
 
 /// What this core's part of a checkpoint says. Everything in it is durable.

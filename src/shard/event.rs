@@ -12,20 +12,47 @@ use crate::wal::batch::Grant;
 
 #[derive(Debug)]
 pub enum Event {
-    Opened { conn: ConnId, peer: IpAddr },
-    Request { conn: ConnId, request: Request },
+    Opened {
+        conn: ConnId,
+        peer: IpAddr,
+    },
+    Request {
+        conn: ConnId,
+        request: Request,
+    },
     /// The peer sent bytes that are no frame. Requests before it came as their own events.
-    BadFrame { conn: ConnId, error: FrameError },
+    BadFrame {
+        conn: ConnId,
+        error: FrameError,
+    },
     /// The socket is gone.
-    Closed { conn: ConnId },
+    Closed {
+        conn: ConnId,
+    },
     /// `left` bytes of this connection's replies have not reached the kernel yet.
-    Sent { conn: ConnId, left: usize },
-    Remote { from: CoreId, batch: CoreBatch },
+    Sent {
+        conn: ConnId,
+        left: usize,
+    },
+    Remote {
+        from: CoreId,
+        batch: CoreBatch,
+    },
     /// The log is written up to `end` by a batch of `records`; with O_DSYNC it is also synced.
-    LogWritten { end: Lsn, records: u32, synced: bool },
-    LogSynced { upto: Lsn },
+    LogWritten {
+        end: Lsn,
+        records: u32,
+        synced: bool,
+    },
+    LogSynced {
+        upto: Lsn,
+    },
     /// `bytes` of `slot`, from `offset` on.
-    BacklogRead { slot: Slot, offset: u32, bytes: Bytes },
+    BacklogRead {
+        slot: Slot,
+        offset: u32,
+        bytes: Bytes,
+    },
     Keeper(FromKeeper),
     /// Time has passed; `wake_at` may be due.
     Tick,
@@ -37,9 +64,15 @@ pub enum Event {
 pub enum FromKeeper {
     Grant(Grant),
     /// `force`: also if nothing was logged since the last one.
-    TakeSnapshot { force: bool },
-    Relocate { slot: Slot },
+    TakeSnapshot {
+        force: bool,
+    },
+    Relocate {
+        slot: Slot,
+    },
     /// Publishes are refused with this reason until `SpaceBack`.
-    NoSpace { reason: String },
+    NoSpace {
+        reason: String,
+    },
     SpaceBack,
 }

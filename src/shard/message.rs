@@ -14,14 +14,42 @@ pub enum Ask {
     Publish(Box<AskPublish>),
     Subscribe(Box<AskSubscribe>),
     /// v1. Answered by a delivery or by `Tell::Settled`.
-    Poll { who: Consumer, sub: SubId, cid: u64 },
-    Ack { who: Consumer, sub: SubId, tags: TagRanges, answer: AckAnswer },
-    Reject { who: Consumer, sub: SubId, tags: TagRanges, action: RejectAction },
-    Credit { who: Consumer, sub: SubId, credit: u32 },
+    Poll {
+        who: Consumer,
+        sub: SubId,
+        cid: u64,
+    },
+    Ack {
+        who: Consumer,
+        sub: SubId,
+        tags: TagRanges,
+        answer: AckAnswer,
+    },
+    Reject {
+        who: Consumer,
+        sub: SubId,
+        tags: TagRanges,
+        action: RejectAction,
+    },
+    Credit {
+        who: Consumer,
+        sub: SubId,
+        credit: u32,
+    },
     /// `cid`: an OK is wanted.
-    Unsubscribe { who: Consumer, sub: SubId, mode: UnsubscribeMode, cid: Option<u64> },
+    Unsubscribe {
+        who: Consumer,
+        sub: SubId,
+        mode: UnsubscribeMode,
+        cid: Option<u64>,
+    },
     /// These deliveries have left for the socket: the consumer's window opens again.
-    Taken { who: Consumer, sub: SubId, messages: u32, bytes: u32 },
+    Taken {
+        who: Consumer,
+        sub: SubId,
+        messages: u32,
+        bytes: u32,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -67,26 +95,60 @@ pub struct Consumer {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AckAnswer {
     /// v1: nothing, or NACK 404 with this correlation id.
-    V1 { cid: u64 },
+    V1 {
+        cid: u64,
+    },
     /// v2: OK once it is durable, or ERROR 404.
-    Confirm { cid: u64 },
+    Confirm {
+        cid: u64,
+    },
     None,
 }
 
 /// From a topic's core to a connection.
 #[derive(Clone, Debug)]
 pub enum Tell {
-    Deliver { conn: ConnId, deliver: Deliver },
-    Confirm { conn: ConnId, cid: u64, outcome: Outcome },
-    Subscribed { who: Consumer, cid: u64, sub: SubId, resumed: bool, backlog: u64 },
+    Deliver {
+        conn: ConnId,
+        deliver: Deliver,
+    },
+    Confirm {
+        conn: ConnId,
+        cid: u64,
+        outcome: Outcome,
+    },
+    Subscribed {
+        who: Consumer,
+        cid: u64,
+        sub: SubId,
+        resumed: bool,
+        backlog: u64,
+    },
     /// The subscription could not be made.
-    Refused { who: Consumer, cid: u64, code: u16, text: Bytes },
-    Error { conn: ConnId, cid: u64, code: u16, text: Bytes },
-    Ok { conn: ConnId, cid: u64 },
+    Refused {
+        who: Consumer,
+        cid: u64,
+        code: u16,
+        text: Bytes,
+    },
+    Error {
+        conn: ConnId,
+        cid: u64,
+        code: u16,
+        text: Bytes,
+    },
+    Ok {
+        conn: ConnId,
+        cid: u64,
+    },
     /// v1: the POLL was parked, or the ACK was good: the next request may be looked at.
-    Settled { conn: ConnId },
+    Settled {
+        conn: ConnId,
+    },
     /// The subscription is gone (its topic's queue ended): deliveries will not come any more.
-    Ended { who: Consumer },
+    Ended {
+        who: Consumer,
+    },
 }
 
 impl Tell {

@@ -24,9 +24,13 @@ use crate::wal::record::KeyId;
 pub enum Kind {
     /// Lives with its connection; not logged.
     Ephemeral,
-    Durable { name: Bytes },
+    Durable {
+        name: Bytes,
+    },
     /// A v1 QoS1 queue: kept for its key when the connection ends.
-    Orphan { key: KeyId },
+    Orphan {
+        key: KeyId,
+    },
     /// Holds a dead-letter topic's messages.
     DeadLetters,
 }
@@ -85,11 +89,15 @@ pub struct Touched {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    InFlight { due: Instant },
+    InFlight {
+        due: Instant,
+    },
     /// In `front`.
     Ready,
     /// In `delayed`.
-    Delayed { until: Instant },
+    Delayed {
+        until: Instant,
+    },
     /// On its way to the dead-letter topic.
     Dying,
 }

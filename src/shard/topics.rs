@@ -29,9 +29,7 @@ use crate::shard::snapshot;
 use crate::shard::subscription::{self, Death, Kind, Pick, Poll, Queued};
 use crate::shard::timers::{Timer, Timers};
 use crate::time::{Duration, Instant, Now, WallMs};
-use crate::types::{
-    ConnId, CoreId, DeliveryTag, Durability, LogRef, Lsn, Qos, Seq, Slot, SubId, TopicId, VShard,
-};
+use crate::types::{ConnId, CoreId, DeliveryTag, Durability, LogRef, Lsn, Qos, Seq, Slot, SubId, TopicId, VShard};
 use crate::wal::batch::{AppendError, Class, Grant, Log, Write};
 use crate::wal::commit::Commit;
 use crate::wal::record::{IdentityRef, Published, Record, published_message};
@@ -66,11 +64,29 @@ enum Waiter {
         remote: Option<(CoreId, u64)>,
     },
     /// A QoS0 message behind a QoS1 message of its topic.
-    Memory { topic: TopicId, queued: Queued },
-    Confirm { conn: ConnId, cid: u64, outcome: Outcome },
-    Subscribed { ask: Box<AskSubscribe>, sub: SubId, resumed: bool },
-    Ok { conn: ConnId, cid: u64 },
-    Relocated { topic: TopicId, seq: Seq, at: LogRef },
+    Memory {
+        topic: TopicId,
+        queued: Queued,
+    },
+    Confirm {
+        conn: ConnId,
+        cid: u64,
+        outcome: Outcome,
+    },
+    Subscribed {
+        ask: Box<AskSubscribe>,
+        sub: SubId,
+        resumed: bool,
+    },
+    Ok {
+        conn: ConnId,
+        cid: u64,
+    },
+    Relocated {
+        topic: TopicId,
+        seq: Seq,
+        at: LogRef,
+    },
 }
 
 /// Live messages of one slot on their way to the log's end.
@@ -271,7 +287,13 @@ impl Topics {
         self.in_flight_bytes > limits::LOG_BYTES_IN_FLIGHT_MAX as u64
     }
 
-    fn append(&mut self, vshard: VShard, record: &Record, class: Class, now: WallMs) -> Result<(LogRef, Lsn), AppendError> {
+    fn append(
+        &mut self,
+        vshard: VShard,
+        record: &Record,
+        class: Class,
+        now: WallMs,
+    ) -> Result<(LogRef, Lsn), AppendError> {
         let appended = self.log.append(vshard, record, class, now)?;
         let bytes = u64::from(appended.at.len);
         self.appended_bytes += bytes;
@@ -541,7 +563,9 @@ impl Topics {
             return self.refuse(&publish, code::STORAGE_FULL, text, remote, turn);
         }
         if self.catalog.entries() >= self.settings.entries_max {
-            let text = Bytes::from_static(b"backlog too large: its index would exceed the memory budget ([storage] memory_budget)");
+            let text = Bytes::from_static(
+                b"backlog too large: its index would exceed the memory budget ([storage] memory_budget)",
+            );
             return self.refuse(&publish, code::STORAGE_FULL, text, remote, turn);
         }
         let id = match self.topic_for(&publish.topic, turn) {
@@ -591,8 +615,15 @@ impl Topics {
         turn.metrics.published.add(Qos::AtLeastOnce, 1);
         turn.metrics.wal_appends += 1;
         turn.metrics.wal_bytes += u64::from(at.len);
-        let stored =
-            Stored { seq, at, priority: publish.priority, published: now, expires, not_before, identity: publish.identity };
+        let stored = Stored {
+            seq,
+            at,
+            priority: publish.priority,
+            published: now,
+            expires,
+            not_before,
+            identity: publish.identity,
+        };
         let refs = self.catalog.store(id, &stored, window);
         turn.metrics.queue_in += u64::from(refs);
         let Some(topic) = self.catalog.topics.get_mut(&id) else { return };
@@ -606,7 +637,8 @@ impl Topics {
             self.arm_expiry(id, turn);
         }
         let answer = publish.confirm.then_some((publish.conn, publish.cid));
-        let waiter = Waiter::Stored { topic: id, seq, since: turn.now.mono, priority: publish.priority, answer, remote };
+        let waiter =
+            Waiter::Stored { topic: id, seq, since: turn.now.mono, priority: publish.priority, answer, remote };
         self.waiting.push_back((end, waiter));
         if has_qos0_subs {
             // For QoS0 subscriptions it is a QoS0 message, but not before it is as durable as promised.
@@ -703,7 +735,11 @@ impl Topics {
         };
         if let Some(id) = existing {
             let pending = self.catalog.subs.get(&id).map_or(Lsn(0), |s| s.created_end);
-            self.wait(pending.max(self.commit.ack_upto()), Waiter::Subscribed { ask: Box::new(ask), sub: id, resumed: true }, turn);
+            self.wait(
+                pending.max(self.commit.ack_upto()),
+                Waiter::Subscribed { ask: Box::new(ask), sub: id, resumed: true },
+                turn,
+            );
             return Ok(());
         }
         let Some(topic) = self.catalog.topics.get(&topic_id) else { return Ok(()) };
@@ -890,13 +926,7 @@ impl Topics {
         }
     }
 
-    fn delivered_in(
-        &self,
-        id: SubId,
-        first: DeliveryTag,
-        last: DeliveryTag,
-        who: Consumer,
-    ) -> Vec<Seq> {
+    fn delivered_in(&self, id: SubId, first: DeliveryTag, last: DeliveryTag, who: Consumer) -> Vec<Seq> {
         match self.catalog.subs.get(&id) {
             Some(sub) => sub.delivered_in(sub.seq(first), sub.seq(last), who),
             None => Vec::new(),
@@ -1225,7 +1255,14 @@ impl Topics {
         }
         self.waiting.push_back((
             end,
-            Waiter::Stored { topic: dead, seq: dead_seq, since: turn.now.mono, priority: 0, answer: None, remote: None },
+            Waiter::Stored {
+                topic: dead,
+                seq: dead_seq,
+                since: turn.now.mono,
+                priority: 0,
+                answer: None,
+                remote: None,
+            },
         ));
         if let Some(queued) = memory {
             self.waiting_qos0_bytes += queued.body.0.len();
@@ -1389,7 +1426,10 @@ impl Topics {
     pub fn invariants(&self) {
         self.catalog.invariants();
         self.log.invariants();
-        assert!(self.waiting.iter().zip(self.waiting.iter().skip(1)).all(|(a, b)| a.0 <= b.0), "waiting is in log order");
+        assert!(
+            self.waiting.iter().zip(self.waiting.iter().skip(1)).all(|(a, b)| a.0 <= b.0),
+            "waiting is in log order"
+        );
     }
 
     // ---- checkpoints and relocation -----------------------------------------------------------------------------
@@ -1401,11 +1441,8 @@ impl Topics {
             return turn.effects.to_keeper.push(ForKeeper::Unchanged);
         }
         self.snapshot_covered = covered;
-        let vshards = self
-            .vshards
-            .iter()
-            .map(|v| (*v, self.log.last_index(*v), snapshot::encode(&self.catalog, *v)))
-            .collect();
+        let vshards =
+            self.vshards.iter().map(|v| (*v, self.log.last_index(*v), snapshot::encode(&self.catalog, *v))).collect();
         self.snapshot = Some(Snapshot { covered, durable: covered, vshards, live: self.catalog.usage().by_slot() });
         self.force_sync();
         self.advance(turn);
@@ -1445,7 +1482,11 @@ impl Topics {
                 return;
             };
             let Ok((Record::Published(published) | Record::Relocated(published), _)) = Record::decode(&bytes) else {
-                tracing::error!(slot = slot.0, offset = entry.at.offset, "a live message cannot be read back; its segment stays");
+                tracing::error!(
+                    slot = slot.0,
+                    offset = entry.at.offset,
+                    "a live message cannot be read back; its segment stays"
+                );
                 self.pop_relocation(0);
                 continue;
             };

@@ -212,6 +212,11 @@ impl SlotFiles {
         for &slot in &files.slots {
             let path = slot_path(&files.wal_dir, slot);
             let file = open_slot(&files.wal_dir, slot, files.direct)?;
+            let len = file.metadata().map_err(io_at("look at", &path))?.len();
+            if len != u64::from(files.segment_size) {
+                let why = format!("it has {len} bytes; every segment of this store has {}", files.segment_size);
+                return Err(StoreError::Damaged { path, why });
+            }
             lock_waiting(&file, &path)?;
             file.sync_data().map_err(io_at("sync", &path))?;
         }
@@ -228,18 +233,10 @@ impl SlotFiles {
         Ok(files)
     }
 
-    /// For the tools: changes nothing, takes no lock.
+    /// For the tools: changes nothing, takes no lock. What is missing from a file shows when it is read.
     pub fn open(store: &Store) -> Result<SlotFiles, StoreError> {
         let (wal_dir, segment_size) = (store.wal_dir(), store.segment_size());
         let slots = list_slots(&wal_dir)?;
-        for &slot in &slots {
-            let path = slot_path(&wal_dir, slot);
-            let len = fs::metadata(&path).map_err(io_at("look at", &path))?.len();
-            if len != u64::from(segment_size) {
-                let why = format!("it has {len} bytes; every segment of this store has {segment_size}");
-                return Err(StoreError::Damaged { path, why });
-            }
-        }
         Ok(SlotFiles { wal_dir, direct: store.direct_io(), slots, segment_size, last: RefCell::new(None) })
     }
 

@@ -194,7 +194,7 @@ fn split_payload(payload: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     let (&qos, rest) = payload.split_first()?;
     let (len, rest) = rest.split_first_chunk()?;
     let (topic, message) = rest.split_at_checked(usize::from(u16::from_be_bytes(*len)))?;
-    (qos <= 1 && !topic.is_empty()).then_some((qos, topic, message))
+    (qos <= 1 && !topic.is_empty() && std::str::from_utf8(topic).is_ok()).then_some((qos, topic, message))
 }
 
 fn u32_le(bytes: &[u8]) -> u32 {

@@ -140,6 +140,8 @@ const EXIT_IO: i32 = 74;
 #[derive(Debug)]
 struct Cycle {
     started: Instant,
+    /// Begun after the stop was asked for.
+    last: bool,
     /// By core number.
     answers: Vec<Option<Answer>>,
 }
@@ -159,6 +161,8 @@ pub struct Keeper {
     /// Wanted and not yet given, in the order of asking.
     pending: VecDeque<CoreId>,
     no_space: bool,
+    /// The last checkpoint found no space: nothing can be freed until one does.
+    checkpoint_failed: bool,
     quota_alarm: bool,
     /// After a failure to make a slot: not tried again before.
     retry_at: Option<Instant>,
@@ -223,6 +227,7 @@ impl Keeper {
             cores: senders,
             pending: VecDeque::new(),
             no_space: false,
+            checkpoint_failed: false,
             quota_alarm: false,
             retry_at: None,
             cycle: None,
@@ -320,7 +325,10 @@ impl Keeper {
         if self.cycle.as_ref().is_some_and(|cycle| cycle.answers.iter().all(Option::is_some)) {
             self.finish_cycle();
         }
-        if self.cycle.is_none() && (self.stop.is_some() || Instant::now() >= self.next_checkpoint) {
+        if self.stop.is_some() && self.cores.iter().any(Sender::is_disconnected) {
+            // It will not answer any more: recovery has the log.
+            self.end(false);
+        } else if self.cycle.is_none() && (self.stop.is_some() || Instant::now() >= self.next_checkpoint) {
             // A slot that only waits to be left out by a second checkpoint is a change too.
             let force = self.stop.is_some() || self.first || self.urgent || self.segments.releasable() > 0;
             self.ask_all(force);
@@ -372,18 +380,25 @@ impl Keeper {
                     self.retry_at = None;
                     self.tell(core, ToCore::Grant(grant));
                 }
-                Ok(None) => self.refuse("the disk quota is used up"),
-                Err(error) if is_no_space(&error) => self.refuse(&error.to_string()),
+                Ok(None) => {
+                    self.retry_at = Some(Instant::now() + RETRY_EVERY);
+                    self.refuse("the disk quota is used up");
+                }
+                Err(error) if is_no_space(&error) => {
+                    self.retry_at = Some(Instant::now() + RETRY_EVERY);
+                    self.refuse(&error.to_string());
+                }
                 Err(error) => fail_stop("making a segment", &error),
             }
         }
         let used = self.quota_percent();
         if used >= QUOTA_REJECT {
             self.refuse(&format!("{used} % of the disk quota is used"));
-        } else if self.no_space && self.pending.is_empty() && used < QUOTA_BACK {
+        } else if self.no_space && self.pending.is_empty() && used < QUOTA_BACK && !self.checkpoint_failed {
             tracing::info!("there is space again; publishes are taken");
             self.no_space = false;
             self.retry_at = None;
+            self.show();
             self.tell_all(&ToCore::SpaceBack);
         }
         if used >= QUOTA_ALARM && !self.quota_alarm {
@@ -404,12 +419,12 @@ impl Keeper {
     }
 
     fn refuse(&mut self, reason: &str) {
-        self.retry_at = Some(Instant::now() + RETRY_EVERY);
         if self.no_space {
             return;
         }
         tracing::error!(reason, "no space for the log; publishes are refused until there is");
         self.no_space = true;
+        self.show();
         self.tell_all(&ToCore::NoSpace { reason: reason.into() });
         // What has been consumed may be freed.
         self.hurry();
@@ -463,8 +478,18 @@ impl Keeper {
 
     fn ask_all(&mut self, force: bool) {
         self.urgent = false;
-        self.cycle = Some(Cycle { started: Instant::now(), answers: (0..self.config.cores).map(|_| None).collect() });
+        let answers = self.cores.iter().map(|_| None).collect();
+        self.cycle = Some(Cycle { started: Instant::now(), last: self.stop.is_some(), answers });
         self.tell_all(&ToCore::TakeSnapshot { force });
+    }
+
+    fn end(&mut self, written: bool) {
+        self.stopped = true;
+        if let Some(done) = self.stop.take()
+            && done.send(written).is_err()
+        {
+            tracing::debug!("nobody waits for the last checkpoint");
+        }
     }
 
     /// All cores have answered.
@@ -494,16 +519,13 @@ impl Keeper {
         let took = cycle.started.elapsed();
         self.gauges.checkpoint_ms.store(u64::try_from(took.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
         let pause = self.config.checkpoint_interval.max(took * CHECKPOINT_SHARE);
+        // While space is short, what the checkpoint frees is worth more than what it costs.
         self.next_checkpoint = Instant::now() + if self.no_space { CHECKPOINT_PAUSE.max(took) } else { pause };
         if written {
             self.after_checkpoint();
         }
-        if let Some(done) = self.stop.take() {
-            self.stopped = true;
-            // The receiver may have lost patience.
-            if done.send(written).is_err() {
-                tracing::debug!("nobody waits for the last checkpoint");
-            }
+        if cycle.last {
+            self.end(written);
         }
     }
 
@@ -559,6 +581,7 @@ impl Keeper {
         match written {
             Ok(()) => {}
             Err(WriteError::NoSpace(error)) => {
+                self.checkpoint_failed = true;
                 self.refuse(&format!("a checkpoint could not be written: {error}"));
                 return false;
             }
@@ -566,6 +589,7 @@ impl Keeper {
         }
         self.number = number;
         self.first = false;
+        self.checkpoint_failed = false;
         self.gauges.checkpoints.fetch_add(1, Ordering::Relaxed);
         self.gauges.checkpoint_bytes.store(bytes.len() as u64, Ordering::Relaxed);
         let freed = self.segments.checkpoint_written(&checkpoint.live);
@@ -606,6 +630,7 @@ impl Keeper {
 mod tests {
     use std::collections::BTreeSet;
     use std::fs;
+    use std::path::PathBuf;
 
     use super::*;
     use crate::wal::disk::tests::scratch;
@@ -686,7 +711,11 @@ mod tests {
     }
 
     fn start(name: &str, disk_quota: u64) -> (Arc<Store>, KeeperHandle, FakeCore) {
-        let store = Arc::new(Store::open(&options(scratch(name))).unwrap());
+        start_in(scratch(name), disk_quota)
+    }
+
+    fn start_in(dir: PathBuf, disk_quota: u64) -> (Arc<Store>, KeeperHandle, FakeCore) {
+        let store = Arc::new(Store::open(&options(dir)).unwrap());
         let config = KeeperConfig { cores: 1, spare: 1, disk_quota, checkpoint_interval: Duration::from_millis(5) };
         let handle = Keeper::start(Arc::clone(&store), &RecoveredStore::empty(), config).unwrap();
         let core = FakeCore {
@@ -793,6 +822,45 @@ mod tests {
         assert!(core.stop());
         assert_eq!(disk::list_slots(&store.wal_dir()).unwrap().len(), 3, "one in use, one granted, one spare");
         handle.thread.join().unwrap();
+    }
+
+    /// `mount -o loop` a 16 MiB ext4 image somewhere and name it in BLIPMQ_TEST_SMALL_FS.
+    #[test]
+    #[ignore = "needs a small file system: BLIPMQ_TEST_SMALL_FS"]
+    fn a_full_disk_refuses_publishes_and_recovers_by_itself() {
+        let dir = PathBuf::from(std::env::var("BLIPMQ_TEST_SMALL_FS").unwrap()).join("full.wal");
+        let (store, handle, mut core) = start_in(dir, 0);
+        let mut grants = handle.grants[0].clone();
+        let refused = |message: &ToCore| matches!(message, ToCore::NoSpace { .. });
+        for wanted in 1.. {
+            assert!(wanted < 100, "the file system is too large for this test");
+            core.to_keeper.send(ToKeeper::WantGrant { core: CoreId(0), count: 1 }).unwrap();
+            core.until("an answer", |heard| heard.iter().any(|m| matches!(m, ToCore::Grant(_)) || refused(m)));
+            match core.heard.last().unwrap() {
+                ToCore::Grant(grant) => grants.push(*grant),
+                _ => break,
+            }
+        }
+        let Some(ToCore::NoSpace { reason }) = core.heard.iter().rfind(|message| refused(message)) else { panic!() };
+        assert!(reason.contains("No space left on device"), "{reason}");
+        assert!(
+            fs::read_dir(store.wal_dir())
+                .unwrap()
+                .all(|entry| { entry.unwrap().file_name().to_string_lossy().ends_with(".seg") })
+        );
+        // Everything but the last segment is consumed: the grant that waits comes, and publishes are taken again.
+        for grant in &grants {
+            core.begin(*grant);
+        }
+        core.covered = (grants.len() as u64 - 1) * SIZE + 4096;
+        core.until("space", |heard| {
+            heard.iter().any(|message| matches!(message, ToCore::SpaceBack))
+                && heard.iter().any(|message| matches!(message, ToCore::Grant(_)))
+        });
+        assert!(core.stop());
+        handle.thread.join().unwrap();
+        drop(store);
+        fs::remove_dir_all(PathBuf::from(std::env::var("BLIPMQ_TEST_SMALL_FS").unwrap()).join("full.wal")).unwrap();
     }
 
     #[test]

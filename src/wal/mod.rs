@@ -29,5 +29,11 @@ pub mod keeper;
 pub mod start;
 /// Reads the log of the original broker.
 pub mod import_v1;
+/// Writes a whole log into a new store.
+#[cfg(feature = "server")]
+mod rewrite;
 /// A store's directory: identity, lock, checks.
 pub mod store;
+/// `wal verify`, `dump`, `stat`, `salvage`, and `import-v1`.
+#[cfg(feature = "server")]
+pub mod tools;

@@ -199,3 +199,169 @@ fn is_done(segment: &Segment, checkpoint: &Checkpoint, segment_size: u32) -> boo
         || checkpoint.streams.iter().any(|state| state.stream == segment.stream && end <= state.covered.0);
     covered && !checkpoint.live.contains(segment)
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::path::Path;
+
+    use super::*;
+    use crate::time::WallMs;
+    use crate::types::{Seq, StreamId, VShard};
+    use crate::wal::checkpoint::VShardState;
+    use crate::wal::disk::{slot_path, tests::scratch};
+    use crate::wal::format::BytesClass;
+    use crate::wal::record::{Published, Record};
+    use crate::wal::rewrite::Rewriter;
+    use crate::wal::store::tests::options;
+
+    const PAYLOAD: usize = 10_000;
+    pub const MESSAGES: u64 = 300;
+
+    fn message(seq: u64, payload: &[u8]) -> Record<'_> {
+        Record::Published(Published {
+            topic: 1,
+            seq: Seq(seq),
+            published: WallMs(5),
+            expires: WallMs(0),
+            not_before: WallMs(0),
+            priority: 0,
+            identity: None,
+            options: &[],
+            payload,
+        })
+    }
+
+    /// A store of 300 messages of 10 kB, in segments of 1 MiB. The last frames are padded and marked.
+    pub fn filled(dir: &Path, states: Option<Vec<VShardState>>) -> Store {
+        let options = options(dir.join("s.wal"));
+        let mut rewriter = Rewriter::create(&options).unwrap();
+        rewriter.append(VShard(2), &Record::TopicCreated { topic: 1, name: b"t" }, WallMs(5)).unwrap();
+        for seq in 1..=MESSAGES {
+            rewriter.append(VShard(2), &message(seq, &[seq as u8; PAYLOAD]), WallMs(5)).unwrap();
+        }
+        assert_eq!(rewriter.finish(states).unwrap(), options.path);
+        Store::open(&options).unwrap()
+    }
+
+    fn read(store: &Store) -> Result<(RecoveredStore, Vec<u64>), StartError> {
+        let mut seqs = Vec::new();
+        let mut visit = |entry: Entry<'_>| {
+            if let Record::Published(published) = &entry.record {
+                assert_eq!(published.payload, [published.seq.0 as u8; PAYLOAD]);
+                seqs.push(published.seq.0);
+            }
+        };
+        let recovered = recover(store, &mut |_| Ok(()), &mut visit)?;
+        Ok((recovered, seqs))
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        let store = filled(&scratch("start-read"), None);
+        let (recovered, seqs) = read(&store).unwrap();
+        assert_eq!(seqs, (1..=MESSAGES).collect::<Vec<u64>>());
+        assert_eq!((recovered.incarnation, recovered.checkpoint_number, recovered.fallbacks), (2, 0, 0));
+        assert!(recovered.recovered.clean);
+        assert_eq!(recovered.recovered.last_index[2], MESSAGES + 1);
+        let free = recovered.slots.iter().filter(|(_, state)| *state == AtStart::Free).count();
+        assert_eq!(recovered.recovered.live.len() + free, recovered.slots.len());
+        assert!(recovered.recovered.live.len() >= 3);
+        // And again: a start modifies nothing.
+        assert_eq!(read(&store).unwrap().1.len(), seqs.len());
+    }
+
+    #[test]
+    fn one_damaged_byte_is_refused_and_its_place_named() {
+        let store = filled(&scratch("start-damage"), None);
+        let path = slot_path(&store.wal_dir(), Slot(1));
+        let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 500_000).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], 500_000).unwrap();
+        let error = read(&store).unwrap_err();
+        assert_eq!(error.exit_code(), 65);
+        let StartError::Recovery(RecoveryError::Corrupt(damage)) = &error else { panic!("{error}") };
+        assert_eq!((damage.slot, damage.sequence, damage.class), (Some(Slot(1)), 1, BytesClass::Torn));
+        assert!(damage.offset <= 500_000 && error.to_string().contains("salvage"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_segment_is_refused() {
+        let store = filled(&scratch("start-missing"), Some(vec![VShardState::default(); 8]));
+        fs::remove_file(slot_path(&store.wal_dir(), Slot(1))).unwrap();
+        let error = read(&store).unwrap_err();
+        let StartError::Recovery(RecoveryError::Corrupt(damage)) = &error else { panic!("{error}") };
+        assert_eq!((damage.slot, damage.sequence, damage.class), (None, 1, BytesClass::Missing), "listed");
+        for path in checkpoint_paths(&store.ckpt_dir()) {
+            if path.exists() {
+                fs::remove_file(path).unwrap();
+            }
+        }
+        let error = read(&store).unwrap_err();
+        let StartError::Recovery(RecoveryError::Corrupt(damage)) = &error else { panic!("{error}") };
+        let end_of_first = u64::from(store.segment_size());
+        assert!(damage.from.0 <= end_of_first && damage.to.0 > end_of_first, "witnessed by what follows: {error}");
+    }
+
+    #[test]
+    fn a_short_segment_is_refused() {
+        let store = filled(&scratch("start-short"), None);
+        let path = slot_path(&store.wal_dir(), Slot(1));
+        fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(4096).unwrap();
+        let error = read(&store).unwrap_err();
+        assert!(matches!(&error, StartError::Store(StoreError::Damaged { .. })), "{error}");
+        assert!(error.to_string().contains("slot-0001.seg"), "{error}");
+    }
+
+    #[test]
+    fn a_checkpoint_is_handed_over_before_the_records() {
+        let mut states = vec![VShardState::default(); 8];
+        states[2] = VShardState { last_index: 11, state: bytes::Bytes::from_static(b"blob") };
+        let store = filled(&scratch("start-checkpoint"), Some(states));
+        let mut loaded = Vec::new();
+        let mut indexes = Vec::new();
+        recover(
+            &store,
+            &mut |checkpoint| {
+                loaded.push(checkpoint.vshards[2].clone());
+                Ok(())
+            },
+            &mut |entry| indexes.push(entry.index.unwrap()),
+        )
+        .unwrap();
+        assert_eq!(loaded, [VShardState { last_index: 11, state: bytes::Bytes::from_static(b"blob") }]);
+        // The topic's creation is in the state, the messages are read off the segments again.
+        assert_eq!(indexes, (2..=MESSAGES + 1).collect::<Vec<u64>>());
+        let refused = recover(&store, &mut |_| Err("unreadable state".to_owned()), &mut |_| {}).unwrap_err();
+        assert_eq!((refused.exit_code(), refused.to_string().as_str()), (65, "unreadable state"));
+    }
+
+    #[test]
+    fn a_slot_that_neither_checkpoint_needs_is_free_at_once() {
+        let stream = |incarnation| StreamId { incarnation, core: 0 };
+        let by = |incarnation, sequence| Segment { stream: stream(incarnation), sequence, slot: Slot(0), salt: 1 };
+        let size = 1 << 20;
+        let checkpoint = Checkpoint {
+            store: crate::wal::format::StoreId { uuid: [0; 16], node: 0 },
+            segment_size: size,
+            number: 4,
+            incarnation: 3,
+            time: WallMs(0),
+            streams: vec![checkpoint::StreamState {
+                stream: stream(3),
+                covered: crate::types::Lsn(2 * u64::from(size) + 4096),
+                durable: crate::types::Lsn(2 * u64::from(size) + 4096),
+                sealed: None,
+            }],
+            live: vec![by(2, 7), by(3, 0)],
+            vshards: Vec::new(),
+        };
+        let done = |segment| is_done(&segment, &checkpoint, size);
+        assert!(done(by(2, 6)), "an earlier run's, not listed");
+        assert!(!done(by(2, 7)), "listed");
+        assert!(!done(by(3, 0)) && done(by(3, 1)), "covered, the first one listed");
+        assert!(!done(by(3, 2)), "not covered to its end");
+        assert!(!done(by(4, 0)), "written after the checkpoint");
+    }
+}

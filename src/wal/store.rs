@@ -80,7 +80,7 @@ pub struct Store {
     uuid: [u8; 16],
     direct_io: bool,
     /// `None`: opened for reading while a broker may run.
-    _lock: Option<File>,
+    lock: Option<File>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -159,7 +159,7 @@ impl Store {
         };
         check_identity(&identity, options)?;
         let direct_io = check_disk(&dir, options.allow_buffered_io)?;
-        Ok(Store { uuid: parse_uuid(&identity_path, &identity.uuid)?, dir, identity, direct_io, _lock: Some(lock) })
+        Ok(Store { uuid: parse_uuid(&identity_path, &identity.uuid)?, dir, identity, direct_io, lock: Some(lock) })
     }
 
     /// Opens an existing store as it is, for the tools: no configuration to agree with, nothing created. A store in use is
@@ -177,7 +177,7 @@ impl Store {
             Err(error) => return Err(error),
         };
         let direct_io = has_direct_io(&dir)?.is_ok();
-        Ok(Store { uuid: parse_uuid(&identity_path, &identity.uuid)?, dir, identity, direct_io, _lock: lock })
+        Ok(Store { uuid: parse_uuid(&identity_path, &identity.uuid)?, dir, identity, direct_io, lock })
     }
 
     pub fn dir(&self) -> &Path {
@@ -207,6 +207,11 @@ impl Store {
     /// False only with `allow_buffered_io` on a file system without O_DIRECT.
     pub fn direct_io(&self) -> bool {
         self.direct_io
+    }
+
+    /// False: opened by force beside a running broker.
+    pub fn is_locked(&self) -> bool {
+        self.lock.is_some()
     }
 
     /// Bytes an unprivileged process may still write on the store's file system.
