@@ -182,7 +182,10 @@ pub struct Log {
 impl Log {
     pub fn new(config: LogConfig, first: Grant) -> Log {
         let size = config.segment_size;
-        assert!((SEGMENT_SIZE_MIN..=SEGMENT_SIZE_MAX).contains(&size) && size % BLOCK as u32 == 0, "segment size");
+        assert!(
+            (SEGMENT_SIZE_MIN..=SEGMENT_SIZE_MAX).contains(&size) && size.is_multiple_of(BLOCK as u32),
+            "segment size"
+        );
         // Until another segment is granted this one is the last, so only `Control` may use it.
         let segment = Use { slot: first.slot, sequence: 0, salt: first.salt, created: first.created, emergency: true };
         let mut log = Log {
@@ -381,6 +384,11 @@ impl Log {
         self.lsn_in(&self.open, self.open.end_offset())
     }
 
+    /// The position behind the last write taken.
+    pub fn taken(&self) -> Lsn {
+        self.prev_end
+    }
+
     /// Bytes appended and not yet taken.
     pub fn unwritten_bytes(&self) -> usize {
         let open = if self.open.is_empty() { 0 } else { self.open.frame_bytes() };
@@ -485,4 +493,204 @@ enum Placed {
     NextFrame,
     /// In the first frame of the next segment.
     NextSegment,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::{Published, published_body};
+    use super::*;
+    use crate::types::Seq;
+
+    const SIZE: u32 = 1024 * 1024;
+
+    fn config(segment_size: u32) -> LogConfig {
+        LogConfig {
+            store: StoreId { uuid: [1; 16], node: 1 },
+            stream: StreamId { incarnation: 1, core: 0 },
+            segment_size,
+            last_index: vec![0, 10],
+            opening: None,
+        }
+    }
+
+    fn grant(slot: u32) -> Grant {
+        Grant { slot: Slot(slot), salt: u64::from(slot), created: WallMs(1) }
+    }
+
+    fn log(segment_size: u32) -> Log {
+        let mut log = Log::new(config(segment_size), grant(1));
+        log.grant(grant(2));
+        log.grant(grant(3));
+        log
+    }
+
+    fn message(payload: &[u8]) -> Record<'_> {
+        Record::Published(Published {
+            topic: 1,
+            seq: Seq(1),
+            published: WallMs(1),
+            expires: WallMs(0),
+            not_before: WallMs(0),
+            priority: 0,
+            identity: None,
+            options: b"",
+            payload,
+        })
+    }
+
+    fn publish(log: &mut Log, payload: &[u8]) -> Result<Appended, AppendError> {
+        log.append(VShard(1), &message(payload), Class::Publish, WallMs(2))
+    }
+
+    #[test]
+    fn a_reference_leads_to_the_bytes_written() {
+        let mut log = log(SIZE);
+        let first = publish(&mut log, b"one").unwrap();
+        let second = publish(&mut log, b"two").unwrap();
+        assert_eq!((first.index, second.index, log.last_index(VShard(1))), (11, 12, 12));
+        let write = log.next_write(Lsn(4096), WallMs(3)).unwrap();
+        assert_eq!((write.offset, write.new_segment, write.records), (0, true, 2));
+        assert_eq!((write.bytes.len(), write.end), (2 * BLOCK, Lsn(2 * BLOCK as u64)));
+        for (appended, payload) in [(first, b"one"), (second, b"two")] {
+            let LogRef { slot, offset, len } = appended.at;
+            let body = published_body(&write.bytes.slice(offset as usize..(offset + len) as usize)).unwrap();
+            assert_eq!((slot, body.payload()), (Slot(1), &payload[..]));
+            assert_eq!(appended.end, write.end);
+        }
+        assert!(log.next_write(Lsn(4096), WallMs(3)).is_none());
+        assert_eq!(log.appended(), write.end);
+
+        let third = publish(&mut log, b"three").unwrap();
+        let next = log.next_write(write.end, WallMs(4)).unwrap();
+        assert_eq!((next.offset, next.new_segment), (2 * BLOCK as u32, false));
+        let at = (third.at.offset - next.offset) as usize;
+        assert_eq!(published_body(&next.bytes.slice(at..at + third.at.len as usize)).unwrap().payload(), b"three");
+    }
+
+    #[test]
+    fn runs_of_one_virtual_shard_share_a_header() {
+        let mut log = log(SIZE);
+        let record = Record::TopicDeleted { topic: 1 };
+        for (vshard, time) in [(0, 1), (0, 1), (1, 1), (1, 2)] {
+            log.append(VShard(vshard), &record, Class::Control, WallMs(time)).unwrap();
+        }
+        let write = log.next_write(Lsn(4096), WallMs(3)).unwrap();
+        let mut at = BLOCK + FRAME_HEADER;
+        for (vshard, base, records, time) in [(0, 1, 2, 1), (1, 11, 1, 1), (1, 12, 1, 2)] {
+            let sub = SubBatch::decode(&write.bytes[at..]).unwrap();
+            let expected = SubBatch { vshard: VShard(vshard), records, base, term: TERM, time: WallMs(time) };
+            assert_eq!(sub, expected);
+            at += SUB_BATCH_HEADER + record.padded_len() * records as usize;
+        }
+    }
+
+    #[test]
+    fn relocated_messages_take_no_index() {
+        let mut log = log(SIZE);
+        let Record::Published(published) = message(b"old") else { unreachable!() };
+        let moved = log.append(VShard(1), &Record::Relocated(published), Class::Control, WallMs(1)).unwrap();
+        assert_eq!((moved.index, log.last_index(VShard(1))), (0, 10));
+        assert_eq!(publish(&mut log, b"new").unwrap().index, 11);
+    }
+
+    #[test]
+    fn a_full_batch_is_sealed_and_no_frame_leaves_its_segment() {
+        let mut log = log(4 * SIZE);
+        let payload = vec![7; 300 * 1024];
+        for _ in 0..16 {
+            publish(&mut log, &payload).unwrap();
+            log.invariants();
+        }
+        let mut end = Lsn(0);
+        let mut writes = 0;
+        let mut rotations = 0;
+        while let Some(write) = log.next_write(log.taken(), WallMs(1)) {
+            assert!(write.records == 3 || write.end >= log.appended() || write.segment.sequence == 0);
+            assert!(write.offset as usize + write.bytes.len() <= 4 * SIZE as usize);
+            assert!(write.end > end);
+            end = write.end;
+            writes += 1;
+            rotations += u32::from(write.new_segment);
+        }
+        assert_eq!((writes, rotations), (6, 2));
+        assert_eq!(end, log.appended());
+    }
+
+    #[test]
+    fn publishes_leave_the_emergency_segment_to_control() {
+        let mut log = Log::new(config(16 * BLOCK as u32), grant(1));
+        assert_eq!(log.grants_wanted(), 2);
+        assert_eq!(publish(&mut log, b""), Err(AppendError::Full), "the only segment is the emergency one");
+        log.grant(grant(2));
+        let payload = vec![7; 8 * BLOCK];
+        publish(&mut log, &payload).unwrap();
+        assert_eq!(publish(&mut log, &payload), Err(AppendError::Full), "one in hand: not for publishes");
+        log.grant(grant(3));
+        assert_eq!(log.grants_wanted(), 0);
+        assert!(log.has_room(8 * BLOCK, Class::Publish));
+        publish(&mut log, &payload).unwrap();
+        assert_eq!(log.grants_wanted(), 1);
+        let before = (log.appended(), log.last_index(VShard(1)));
+        assert_eq!(publish(&mut log, &payload), Err(AppendError::Full));
+        assert_eq!((log.appended(), log.last_index(VShard(1))), before, "nothing has changed");
+        log.append(VShard(1), &message(&payload), Class::Control, WallMs(1)).unwrap();
+        assert_eq!(publish(&mut log, b""), Err(AppendError::Full), "the emergency segment has room, but not for it");
+        log.append(VShard(1), &message(b""), Class::Control, WallMs(1)).unwrap();
+        log.grant(grant(4));
+        publish(&mut log, b"").unwrap();
+    }
+
+    #[test]
+    fn what_no_segment_can_hold_is_too_large() {
+        let mut log = log(16 * BLOCK as u32);
+        let max = 15 * BLOCK - FRAME_HEADER;
+        let fixed = Log::cost(&message(b""));
+        let fits = vec![0; max - fixed];
+        assert!(Log::cost(&message(&fits)) <= max);
+        publish(&mut log, &fits).unwrap();
+        let larger = vec![0; max - fixed + 8];
+        assert_eq!(publish(&mut log, &larger), Err(AppendError::TooLarge { bytes: max + 8, max }));
+    }
+
+    #[test]
+    fn a_group_lies_in_one_frame() {
+        let mut log = log(16 * BLOCK as u32);
+        let filler = vec![7; 14 * BLOCK];
+        publish(&mut log, &filler).unwrap();
+        let (big, small) = (vec![1; BLOCK], Record::Acked { sub: 1, ranges: vec![(Seq(1), Seq(1))] });
+        let bytes = Log::cost(&message(&big)) + Log::cost(&small);
+        assert!(log.has_room(bytes, Class::Control));
+        log.begin_group(bytes, Class::Control).unwrap();
+        let first = log.append(VShard(1), &message(&big), Class::Control, WallMs(1)).unwrap();
+        let second = log.append(VShard(1), &small, Class::Control, WallMs(1)).unwrap();
+        assert_eq!((first.at.slot, second.at.slot), (Slot(2), Slot(2)), "the rest of the segment was too small");
+        assert_eq!(log.next_write(Lsn(4096), WallMs(1)).unwrap().records, 1);
+        assert_eq!(log.next_write(Lsn(4096), WallMs(1)).unwrap().records, 2);
+        let all = log.begin_group(17 * BLOCK, Class::Control);
+        assert!(matches!(all, Err(AppendError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn the_logs_own_frames_carry_no_records() {
+        let mut log = Log::new(LogConfig { opening: Some(RecoveryNote::default()), ..config(SIZE) }, grant(1));
+        publish(&mut log, b"").unwrap_err();
+        log.marker().unwrap();
+        log.clean().unwrap();
+        let mut kinds = Vec::new();
+        while let Some(write) = log.next_write(log.taken(), WallMs(1)) {
+            let skip = if write.new_segment { BLOCK } else { 0 };
+            kinds.push(FrameHeader::decode(&write.bytes[skip..]).unwrap().0.kind);
+            assert_eq!(write.records, 0);
+        }
+        assert_eq!(kinds, [FrameKind::Recovery, FrameKind::Marker, FrameKind::Clean]);
+        assert_eq!(log.unwritten_bytes(), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "beyond what was taken")]
+    fn the_watermark_never_runs_ahead() {
+        let mut log = log(SIZE);
+        publish(&mut log, b"").unwrap();
+        log.next_write(Lsn(2 * BLOCK as u64), WallMs(1));
+    }
 }

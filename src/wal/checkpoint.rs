@@ -51,7 +51,8 @@ pub struct Checkpoint {
     pub time: WallMs,
     /// Every stream that still has a live segment, and every stream of this incarnation.
     pub streams: Vec<StreamState>,
-    /// Every segment that this checkpoint's restart needs.
+    /// Every segment that this checkpoint's restart needs. Without gaps: a stream's segments are freed oldest first, or else damage
+    /// at the end of one before a gap could not be told from its end.
     pub live: Vec<Segment>,
     /// By virtual shard.
     pub vshards: Vec<VShardState>,
@@ -258,6 +259,8 @@ pub struct Chosen {
     pub checkpoint: Option<Checkpoint>,
     /// Files that were there and not whole.
     pub fallbacks: u32,
+    /// What the older checkpoint needs, if it is whole too: not to be overwritten before the next checkpoint.
+    pub held: Vec<Segment>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -286,14 +289,127 @@ pub fn choose(a: Option<&[u8]>, b: Option<&[u8]>) -> Result<Chosen, ChooseError>
         (Some(Err(a)), Some(Err(b))) => Err(ChooseError::BothDamaged { a, b }),
         (Some(Ok(a)), Some(Ok(b))) if a.number == b.number => Err(ChooseError::SameNumber(a.number)),
         (Some(Ok(a)), Some(Ok(b))) => {
-            let newest = if a.number > b.number { a } else { b };
-            Ok(Chosen { checkpoint: Some(newest), fallbacks: 0 })
+            let (newest, older) = if a.number > b.number { (a, b) } else { (b, a) };
+            Ok(Chosen { checkpoint: Some(newest), fallbacks: 0, held: older.live })
         }
         (Some(Ok(whole)), Some(Err(_))) | (Some(Err(_)), Some(Ok(whole))) => {
-            Ok(Chosen { checkpoint: Some(whole), fallbacks: 1 })
+            Ok(Chosen { checkpoint: Some(whole), fallbacks: 1, held: Vec::new() })
         }
-        (Some(Ok(whole)), None) | (None, Some(Ok(whole))) => Ok(Chosen { checkpoint: Some(whole), fallbacks: 0 }),
-        (Some(Err(_)), None) | (None, Some(Err(_))) => Ok(Chosen { checkpoint: None, fallbacks: 1 }),
+        (Some(Ok(whole)), None) | (None, Some(Ok(whole))) => {
+            Ok(Chosen { checkpoint: Some(whole), fallbacks: 0, held: Vec::new() })
+        }
+        (Some(Err(_)), None) | (None, Some(Err(_))) => Ok(Chosen { checkpoint: None, fallbacks: 1, held: Vec::new() }),
         (None, None) => Ok(Chosen::default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(number: u64, state: usize) -> Checkpoint {
+        let stream = StreamId { incarnation: 3, core: 1 };
+        Checkpoint {
+            store: StoreId { uuid: *b"0123456789abcdef", node: 2 },
+            segment_size: 1 << 20,
+            number,
+            incarnation: 4,
+            time: WallMs(5),
+            streams: vec![
+                StreamState {
+                    stream,
+                    covered: Lsn(6),
+                    durable: Lsn(7),
+                    sealed: Some(SealedEnd { end: Lsn(8), chain: 9 }),
+                },
+                StreamState {
+                    stream: StreamId { incarnation: 4, core: 0 },
+                    covered: Lsn(1),
+                    durable: Lsn(2),
+                    sealed: None,
+                },
+            ],
+            live: vec![Segment { stream, sequence: 10, slot: Slot(11), salt: 12 }],
+            vshards: vec![
+                VShardState { last_index: 13, state: Bytes::from(vec![number as u8; state]) },
+                VShardState::default(),
+            ],
+        }
+    }
+
+    #[test]
+    fn checkpoints_come_back() {
+        for state in [0, 1, BLOCK_BODY - 300, BLOCK_BODY, 3 * CHECKPOINT_BLOCK] {
+            let file = sample(1, state).encode();
+            assert_eq!(file.len() % BLOCK, 0);
+            assert_eq!(Checkpoint::decode(&file), Ok(sample(1, state)));
+            // A file that was longer before is fine, too.
+            let mut longer = file.clone();
+            longer.resize(file.len() + 3 * CHECKPOINT_BLOCK, 0xaa);
+            assert_eq!(Checkpoint::decode(&longer), Ok(sample(1, state)));
+        }
+    }
+
+    #[test]
+    fn golden_checkpoint() {
+        let file = sample(1, 2).encode();
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        assert_eq!(
+            hex(&file[..48]),
+            "424c4950434b503201000000000000000100000000000000da00000000000000f73a2cea0000000070252ce300000000"
+        );
+        assert_eq!(
+            hex(&file[BLOCK + 4..BLOCK + 4 + FIXED]),
+            "3031323334353637383961626364656602000000000010000400000000000000\
+             050000000000000002000000010000000200000000000000"
+        );
+    }
+
+    #[test]
+    fn every_damage_is_noticed() {
+        let file = sample(1, 2 * CHECKPOINT_BLOCK).encode();
+        let used = file.len() - BLOCK;
+        for at in (0..44).chain((BLOCK..used).step_by(997)) {
+            if (12..16).contains(&at) || (36..40).contains(&at) {
+                continue;
+            }
+            let mut bad = file.clone();
+            bad[at] ^= 0x10;
+            assert!(Checkpoint::decode(&bad).is_err(), "byte {at}");
+        }
+        for len in (0..used).step_by(4_096) {
+            assert!(Checkpoint::decode(&file[..len]).is_err(), "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn blocks_of_two_checkpoints_never_mix() {
+        let old = sample(1, 2 * CHECKPOINT_BLOCK).encode();
+        let mut file = sample(3, 2 * CHECKPOINT_BLOCK).encode();
+        let at = BLOCK + CHECKPOINT_BLOCK;
+        file[at..at + CHECKPOINT_BLOCK].copy_from_slice(&old[at..at + CHECKPOINT_BLOCK]);
+        assert_eq!(Checkpoint::decode(&file), Err(CheckpointError::Block { number: 3, block: 1 }));
+    }
+
+    #[test]
+    fn the_newest_whole_one_wins() {
+        let (one, two) = (sample(1, 9).encode(), sample(2, 9).encode());
+        let mut torn = sample(3, 9).encode();
+        torn[BLOCK + 100] ^= 1;
+        let number = |chosen: &Chosen| chosen.checkpoint.as_ref().map(|checkpoint| checkpoint.number);
+
+        assert_eq!(choose(None, None), Ok(Chosen::default()));
+        assert_eq!(choose(Some(&[]), Some(&[0; 4096])), Ok(Chosen::default()));
+        for (a, b) in [(&one, &two), (&two, &one)] {
+            let chosen = choose(Some(a), Some(b)).unwrap();
+            assert_eq!((number(&chosen), chosen.fallbacks), (Some(2), 0));
+            assert_eq!(chosen.held, sample(1, 9).live);
+        }
+        let chosen = choose(Some(&torn), Some(&two)).unwrap();
+        assert_eq!((number(&chosen), chosen.fallbacks, chosen.held.len()), (Some(2), 1, 0));
+        let chosen = choose(Some(&torn), None).unwrap();
+        assert_eq!((number(&chosen), chosen.fallbacks), (None, 1), "the first one ever, torn");
+        assert!(matches!(choose(Some(&torn), Some(&torn)), Err(ChooseError::BothDamaged { .. })));
+        assert_eq!(choose(Some(&one), Some(&one)), Err(ChooseError::SameNumber(1)));
     }
 }

@@ -251,3 +251,128 @@ impl Commit {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(ms: u64) -> Instant {
+        Instant(ms * 1_000_000)
+    }
+
+    #[test]
+    fn policies_are_read_as_they_are_written() {
+        for (text, policy) in [
+            ("always", FsyncPolicy::Always),
+            (" NONE ", FsyncPolicy::None),
+            ("Every_N:64", FsyncPolicy::EveryN(64)),
+            ("interval_ms: 10", FsyncPolicy::IntervalMs(10)),
+        ] {
+            assert_eq!(FsyncPolicy::parse(text), Some(policy));
+            assert_eq!(FsyncPolicy::parse(&policy.to_string()), Some(policy));
+        }
+        for text in ["", "sometimes", "every_n", "every_n:", "every_n:0", "every_n:-1", "interval_ms:0", "always:1"] {
+            assert_eq!(FsyncPolicy::parse(text), None, "{text}");
+        }
+        assert_eq!(FsyncPolicy::default(), FsyncPolicy::Always);
+    }
+
+    #[test]
+    fn always_acknowledges_what_the_sync_covered_when_it_began() {
+        let mut commit = Commit::new(FsyncPolicy::Always, Lsn(1));
+        assert!(!commit.sync_wanted(at(0)));
+        commit.on_written(Lsn(10), 5, at(0));
+        assert!(commit.sync_wanted(at(0)));
+        assert_eq!(commit.on_sync_started(), Lsn(10));
+        commit.on_written(Lsn(20), 5, at(1));
+        assert!(!commit.sync_wanted(at(1)), "one runs");
+        assert_eq!(commit.ack_upto(), Lsn(1));
+        commit.on_synced(Lsn(10), at(2));
+        assert_eq!((commit.ack_upto(), commit.level()), (Lsn(10), Durability::Synced));
+        assert!(commit.sync_wanted(at(2)));
+        assert_eq!(commit.acked_unsynced(), 0);
+    }
+
+    #[test]
+    fn every_n_stalls_at_n() {
+        let mut commit = Commit::new(FsyncPolicy::EveryN(10), Lsn(1));
+        commit.on_written(Lsn(10), 4, at(0));
+        assert_eq!((commit.ack_upto(), commit.level()), (Lsn(10), Durability::Written));
+        assert!(!commit.sync_wanted(at(0)));
+        commit.on_written(Lsn(20), 4, at(0));
+        assert!(commit.sync_wanted(at(0)), "before it stalls");
+        assert_eq!(commit.on_sync_started(), Lsn(20));
+        commit.on_written(Lsn(30), 3, at(0));
+        commit.on_written(Lsn(40), 1, at(0));
+        assert_eq!((commit.ack_upto(), commit.acked_unsynced()), (Lsn(20), 8), "11 would be too many");
+        commit.on_synced(Lsn(20), at(1));
+        assert_eq!((commit.ack_upto(), commit.acked_unsynced()), (Lsn(40), 4));
+        // Fewer than half: synced all the same, a second later.
+        assert!(!commit.sync_wanted(at(999)));
+        assert_eq!(commit.next_deadline(), Some(at(1_000)));
+        assert!(commit.sync_wanted(at(1_000)));
+    }
+
+    #[test]
+    fn a_batch_larger_than_n_waits_for_its_sync() {
+        let mut commit = Commit::new(FsyncPolicy::EveryN(2), Lsn(1));
+        commit.on_written(Lsn(10), 3, at(0));
+        assert_eq!(commit.ack_upto(), Lsn(1));
+        commit.on_sync_started();
+        commit.on_synced(Lsn(10), at(0));
+        assert_eq!((commit.ack_upto(), commit.level()), (Lsn(10), Durability::Synced));
+    }
+
+    #[test]
+    fn interval_stalls_when_the_oldest_is_too_old() {
+        let mut commit = Commit::new(FsyncPolicy::IntervalMs(10), Lsn(1));
+        commit.on_written(Lsn(10), 1, at(0));
+        assert_eq!(commit.next_deadline(), Some(at(5)), "also on an idle broker");
+        assert!(!commit.sync_wanted(at(4)) && commit.sync_wanted(at(5)));
+        commit.on_sync_started();
+        assert_eq!(commit.next_deadline(), None);
+        commit.on_written(Lsn(20), 1, at(9));
+        assert_eq!(commit.ack_upto(), Lsn(20));
+        commit.on_written(Lsn(30), 1, at(10));
+        assert_eq!(commit.ack_upto(), Lsn(20), "a slow sync does not widen the window");
+        commit.on_synced(Lsn(10), at(12));
+        assert_eq!(commit.ack_upto(), Lsn(30), "the oldest is from 9 now");
+        commit.on_written(Lsn(40), 1, at(19));
+        assert_eq!(commit.ack_upto(), Lsn(30));
+    }
+
+    #[test]
+    fn none_syncs_only_on_request() {
+        let mut commit = Commit::new(FsyncPolicy::None, Lsn(1));
+        commit.request_sync();
+        assert!(!commit.sync_wanted(at(0)), "nothing to sync");
+        commit.on_written(Lsn(10), 1, at(0));
+        assert_eq!((commit.ack_upto(), commit.level()), (Lsn(10), Durability::Written));
+        assert!(!commit.sync_wanted(at(1_000_000)));
+        assert_eq!(commit.next_deadline(), None);
+        commit.request_sync();
+        assert!(commit.sync_wanted(at(0)));
+        commit.on_sync_started();
+        commit.on_synced(Lsn(10), at(0));
+        assert!(!commit.sync_wanted(at(0)));
+    }
+
+    #[test]
+    fn a_quiet_log_gets_one_marker() {
+        let mut commit = Commit::new(FsyncPolicy::Always, Lsn(1));
+        let sync = |commit: &mut Commit, ms| {
+            let upto = commit.on_sync_started();
+            commit.on_synced(upto, at(ms));
+        };
+        commit.on_written(Lsn(10), 1, at(0));
+        sync(&mut commit, 5);
+        assert_eq!(commit.next_deadline(), Some(at(1_005)));
+        commit.on_written(Lsn(20), 1, at(500));
+        assert_eq!(commit.next_deadline(), None, "its successor is the witness");
+        sync(&mut commit, 600);
+        assert!(!commit.marker_wanted(at(1_599)) && commit.marker_wanted(at(1_600)));
+        commit.on_written(Lsn(30), 0, at(1_600));
+        sync(&mut commit, 1_601);
+        assert_eq!(commit.next_deadline(), None, "a marker needs no marker");
+    }
+}

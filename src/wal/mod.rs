@@ -8,6 +8,9 @@ pub mod checkpoint;
 pub mod commit;
 /// A segment on disk, byte by byte.
 pub mod format;
+/// The recovery rule against a disk that loses and tears.
+#[cfg(test)]
+mod model;
 pub mod record;
 /// Bytes to records, and a verdict on the tail.
 pub mod recovery;

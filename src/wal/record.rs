@@ -362,7 +362,7 @@ fn decode_checked(record: &[u8]) -> Result<Record<'_>, RecordError> {
         ACKED => {
             at_least(24)?;
             let count = u32_at(record, 16) as usize;
-            if (record.len() - 24) / 16 != count || (record.len() - 24) % 16 != 0 {
+            if (record.len() - 24) / 16 != count || !(record.len() - 24).is_multiple_of(16) {
                 return Err(layout);
             }
             let range = |pair: &[u8]| (Seq(u64_at(pair, 0)), Seq(u64_at(pair, 8)));

@@ -89,7 +89,7 @@ pub struct Recovered {
     pub clean: bool,
     /// Segments that hold a part of the log.
     pub live: Vec<Segment>,
-    /// Slots that hold none.
+    /// Slots that hold none, as far as this checkpoint knows: see [`Chosen::held`](super::checkpoint::Chosen).
     pub free: Vec<Slot>,
     /// In `Salvage` mode: what would have stopped a strict recovery.
     pub damage: Vec<RecoveryError>,
@@ -372,7 +372,7 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
             return false;
         }
         match checkpoint.streams.iter().find(|state| state.stream == segment.stream) {
-            // A position in the middle of a segment keeps that segment.
+            // Segments of a stream are freed oldest first. A position in the middle of a segment keeps that segment.
             Some(state) => segment.sequence < state.covered.0 / u64::from(self.shape.segment_size),
             None => segment.stream.incarnation <= checkpoint.incarnation,
         }
@@ -438,10 +438,7 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
             let Some(&segment) = plan.segments.get(&0) else { continue };
             let place = self.place(segment, BLOCK as u32);
             let start = chain_start(place.store_tag, stream);
-            let block = match self.reader.get(segment.slot, place.offset, BLOCK as u32) {
-                Ok(block) => block,
-                Err(error) => return Err(error.into()),
-            };
+            let block = self.reader.read(segment.slot, place.offset, BLOCK as u32)?;
             let Found::Live(header, sums) = classify(&block, &place) else { continue };
             if header.kind != FrameKind::Recovery || header.prev_chain != start {
                 continue;
@@ -483,7 +480,7 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
     /// believed must then name the same use of the slot, salt included.
     fn probe_others(&mut self) -> Result<(), RecoveryError> {
         for (slot, header) in std::mem::take(&mut self.others) {
-            let block = self.reader.get(slot, BLOCK as u32, BLOCK as u32)?;
+            let block = self.reader.read(slot, BLOCK as u32, BLOCK as u32)?;
             let Some((first, _)) = FrameHeader::decode(&block) else { continue };
             let known = header.is_some_and(|header| {
                 (header.stream, header.sequence, header.salt) == (first.stream, first.sequence, first.salt)
@@ -506,7 +503,6 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
     /// Walks one stream to its end. Returns whether it was stopped in order.
     fn walk(&mut self, stream: StreamId, plan: &Plan) -> Result<bool, RecoveryError> {
         let size = self.shape.segment_size;
-        let covered_sequence = plan.covered.0 / u64::from(size);
         let mut at = self.start(stream, plan);
         let mut durable = plan.durable;
         let mut scanned = None;
@@ -542,15 +538,6 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
             if self.flaw == Some(Flaw::ZeroIsEnd) && class == BytesClass::Zero {
                 durable = Lsn(0);
             }
-            // Segments between may have been freed, if the checkpoint includes them.
-            if let Some((&next, _)) =
-                plan.segments.range(at.sequence + 1..=covered_sequence.max(at.sequence + 1)).next()
-                && next > at.sequence + 1
-                && self.scan_rest(plan, &at)?.found.frames == 0
-            {
-                at = Cursor { sequence: next, offset: BLOCK as u32, end: lsn(next, size, 0), chain: None };
-                continue;
-            }
             let tail = match scanned {
                 Some(tail) => tail,
                 None => self.scan(plan, &at)?,
@@ -574,12 +561,19 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
                 break SealedStream { stream, end: at.end, chain, discarded: tail.found, class };
             }
             let mut damage = self.damage(stream, plan, &at, must_reach, class, &walked);
+            if class == BytesClass::SegmentEnd {
+                // Nothing fits here any more: what is wrong is where the next segment should begin.
+                let next = Cursor { sequence: at.sequence + 1, offset: BLOCK as u32, ..at };
+                if let Look::Not(class) = self.look(plan, &next)? {
+                    damage = self.damage(stream, plan, &next, must_reach, class, &walked);
+                }
+            }
             damage.frames_after = tail.found.frames;
             damage.records_after = tail.found.records;
             if self.mode == Mode::Strict {
                 return Err(RecoveryError::Corrupt(Box::new(damage)));
             }
-            let next = self.next_whole(plan, &at)?;
+            let next = self.next_whole(plan, &at, must_reach)?;
             damage.to = next.map_or(must_reach, |next| next.end.min(must_reach));
             self.fail(RecoveryError::Corrupt(Box::new(damage)))?;
             match next {
@@ -690,23 +684,16 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
 
     /// Everything at and behind the cursor that looks live, in this and all later segments.
     fn scan(&mut self, plan: &Plan, at: &Cursor) -> Result<Tail, RecoveryError> {
-        let mut tail = self.scan_rest(plan, at)?;
-        #[cfg(test)]
-        if self.flaw == Some(Flaw::ScanOneSegment) {
-            return Ok(tail);
-        }
-        for (_, &segment) in plan.segments.range(at.sequence + 1..) {
-            tail.add(self.scan_segment(segment, BLOCK as u32)?);
+        let mut tail = Tail::default();
+        for (&sequence, &segment) in plan.segments.range(at.sequence..) {
+            #[cfg(test)]
+            if self.flaw == Some(Flaw::ScanOneSegment) && sequence > at.sequence {
+                break;
+            }
+            let from = if sequence == at.sequence { at.offset } else { BLOCK as u32 };
+            tail.add(self.scan_segment(segment, from)?);
         }
         Ok(tail)
-    }
-
-    /// The same, in the segment of the cursor only.
-    fn scan_rest(&mut self, plan: &Plan, at: &Cursor) -> Result<Tail, RecoveryError> {
-        match plan.segments.get(&at.sequence) {
-            Some(&segment) => self.scan_segment(segment, at.offset),
-            None => Ok(Tail::default()),
-        }
     }
 
     fn scan_segment(&mut self, segment: Segment, from: u32) -> Result<Tail, RecoveryError> {
@@ -725,14 +712,15 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
         Ok(tail)
     }
 
-    /// Where the log can be read again behind damage at the cursor.
-    fn next_whole(&mut self, plan: &Plan, at: &Cursor) -> Result<Option<Cursor>, RecoveryError> {
+    /// Where the log can be read again behind damage at the cursor, if that is below `before`: what was not durable and does not
+    /// follow what was is no part of the log.
+    fn next_whole(&mut self, plan: &Plan, at: &Cursor, before: Lsn) -> Result<Option<Cursor>, RecoveryError> {
         let size = self.shape.segment_size;
         for (&sequence, &segment) in plan.segments.range(at.sequence..) {
             let from = if sequence == at.sequence { at.offset + BLOCK as u32 } else { BLOCK as u32 };
             for offset in (from..size).step_by(BLOCK) {
                 if let Look::Frame(header, ..) = self.whole_frame(segment, offset)? {
-                    let inside = plan.sealed.is_none_or(|sealed| header.end() <= sealed.end);
+                    let inside = header.lsn < before;
                     return Ok(inside.then_some(Cursor { sequence, offset, end: header.lsn, chain: None }));
                 }
             }
@@ -931,5 +919,349 @@ impl<'a, S: Segments + ?Sized> Reader<'a, S> {
             }
         }
         Ok(Bytes::from(whole))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::batch::{Class, Grant, Log, LogConfig};
+    use super::super::checkpoint::{StreamState, VShardState};
+    use super::super::format::SEGMENT_SIZE_MIN;
+    use super::*;
+
+    const SIZE: u32 = 4 * BLOCK as u32;
+    const STREAM: StreamId = StreamId { incarnation: 1, core: 0 };
+
+    fn shape() -> StoreShape {
+        StoreShape { store: StoreId { uuid: [7; 16], node: 1 }, segment_size: SIZE, vshards: 2 }
+    }
+
+    fn log(stream: StreamId, slot: u32, salt: u64, opening: Option<RecoveryNote>) -> Log {
+        let config = LogConfig { store: shape().store, stream, segment_size: SIZE, last_index: vec![0; 2], opening };
+        Log::new(config, Grant { slot: Slot(slot), salt, created: WallMs(5) })
+    }
+
+    fn append(log: &mut Log, topic: u32) {
+        log.append(VShard(1), &Record::TopicDeleted { topic }, Class::Control, WallMs(6)).unwrap();
+    }
+
+    /// Appends `count` frames of one record and writes them; each says that all before it is durable.
+    fn write(log: &mut Log, disk: &mut [Vec<u8>], count: u32) {
+        for topic in 0..count {
+            append(log, topic);
+            flush(log, disk);
+        }
+    }
+
+    fn flush(log: &mut Log, disk: &mut [Vec<u8>]) {
+        while let Some(write) = log.next_write(log.taken(), WallMs(7)) {
+            let at = write.offset as usize;
+            disk[write.slot.0 as usize][at..at + write.bytes.len()].copy_from_slice(&write.bytes);
+        }
+    }
+
+    fn disk(slots: usize) -> Vec<Vec<u8>> {
+        vec![vec![0; SIZE as usize]; slots]
+    }
+
+    /// Five frames over two segments, slots 1 and 2.
+    fn sample() -> Vec<Vec<u8>> {
+        let mut disk = disk(4);
+        let mut log = log(STREAM, 1, 11, None);
+        log.grant(Grant { slot: Slot(2), salt: 12, created: WallMs(5) });
+        write(&mut log, &mut disk, 5);
+        disk
+    }
+
+    fn strict(disk: &Vec<Vec<u8>>) -> Result<(Recovered, Vec<u64>), RecoveryError> {
+        let mut seen = Vec::new();
+        let recovered = recover(&shape(), disk, None, Mode::Strict, &mut |entry| seen.extend(entry.index))?;
+        Ok((recovered, seen))
+    }
+
+    fn corrupt(disk: &Vec<Vec<u8>>) -> Damage {
+        match strict(disk) {
+            Err(RecoveryError::Corrupt(damage)) => *damage,
+            other => panic!("expected corruption: {other:?}"),
+        }
+    }
+
+    fn salvage(disk: &Vec<Vec<u8>>) -> (Recovered, Vec<u64>) {
+        let mut seen = Vec::new();
+        let recovered = recover(&shape(), disk, None, Mode::Salvage, &mut |entry| seen.extend(entry.index)).unwrap();
+        (recovered, seen)
+    }
+
+    #[test]
+    fn an_empty_store_is_an_empty_log() {
+        let (recovered, seen) = strict(&disk(2)).unwrap();
+        assert_eq!((recovered.incarnation_max, seen.len(), recovered.live.len()), (0, 0, 0));
+        assert_eq!((recovered.last_index, recovered.free), (vec![0, 0], vec![Slot(0), Slot(1)]));
+    }
+
+    #[test]
+    fn records_come_back_in_order_over_segments() {
+        let (recovered, seen) = strict(&sample()).unwrap();
+        assert_eq!(seen, [1, 2, 3, 4, 5]);
+        assert_eq!(recovered.last_index, [0, 5]);
+        assert_eq!((recovered.frames, recovered.records, recovered.time), (5, 5, WallMs(7)));
+        assert_eq!(recovered.live.iter().map(|segment| segment.slot.0).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(recovered.free, [Slot(0), Slot(3)]);
+        assert_eq!(recovered.sealed[0].end, Lsn(u64::from(SIZE) + 3 * BLOCK as u64));
+        assert_eq!(recovered.sealed[0].class, BytesClass::Zero);
+        assert!(!recovered.clean);
+    }
+
+    #[test]
+    fn the_last_frame_may_be_torn_and_no_other() {
+        let mut torn = sample();
+        torn[2][2 * BLOCK + 130] ^= 1;
+        let (recovered, seen) = strict(&torn).unwrap();
+        assert_eq!(seen, [1, 2, 3, 4]);
+        assert_eq!(recovered.truncated, Discarded { frames: 1, bytes: BLOCK as u64, records: 1 });
+        assert_eq!(recovered.sealed[0].class, BytesClass::Torn);
+
+        for (slot, block, class) in [(1, 1, BytesClass::Torn), (1, 3, BytesClass::Torn), (2, 1, BytesClass::Torn)] {
+            let mut rotten = sample();
+            rotten[slot][block * BLOCK + 130] ^= 1;
+            assert_eq!(corrupt(&rotten).class, class);
+            let mut zeroed = sample();
+            zeroed[slot][block * BLOCK..][..BLOCK].fill(0);
+            let damage = corrupt(&zeroed);
+            assert_eq!((damage.class, damage.slot), (BytesClass::Zero, Some(Slot(slot as u32))));
+            assert_eq!(damage.offset, (block * BLOCK) as u32);
+        }
+    }
+
+    #[test]
+    fn a_damage_report_says_what_is_lost() {
+        let mut rotten = sample();
+        rotten[1][2 * BLOCK..3 * BLOCK].fill(0xaa);
+        let damage = corrupt(&rotten);
+        assert_eq!((damage.from, damage.stream, damage.class), (Lsn(2 * BLOCK as u64), STREAM, BytesClass::Garbage));
+        assert_eq!((damage.frames_before, damage.records_before), (1, 1));
+        assert_eq!((damage.frames_after, damage.records_after), (3, 3));
+        assert_eq!(damage.vshards, [VShard(1)]);
+        assert!(damage.to >= Lsn(u64::from(SIZE)), "{damage}");
+
+        let (recovered, seen) = salvage(&rotten);
+        assert_eq!(seen, [1, 3, 4, 5]);
+        assert_eq!(recovered.damage.len(), 2, "the bytes, and the gap they leave: {:?}", recovered.damage);
+        let RecoveryError::Corrupt(damage) = &recovered.damage[0] else { panic!("{:?}", recovered.damage) };
+        assert_eq!((damage.from, damage.to), (Lsn(2 * BLOCK as u64), Lsn(3 * BLOCK as u64)));
+        assert_eq!(
+            recovered.damage[1],
+            RecoveryError::IndexGap {
+                vshard: VShard(1),
+                expected: 2,
+                found: 3,
+                stream: STREAM,
+                frame: Lsn(3 * BLOCK as u64)
+            }
+        );
+    }
+
+    #[test]
+    fn a_missing_segment_is_refused() {
+        for slot in [1, 2] {
+            let mut missing = sample();
+            missing[slot].fill(0);
+            if slot == 1 {
+                assert_eq!(corrupt(&missing).class, BytesClass::Missing);
+                assert_eq!(salvage(&missing).1, [4, 5]);
+            } else {
+                // Nothing left says that there was more: the limit of a log on one disk.
+                assert_eq!(strict(&missing).unwrap().1, [1, 2, 3]);
+            }
+        }
+        // Only the header is gone: the frames behind it still speak.
+        let mut headless = sample();
+        headless[2][..BLOCK].fill(0);
+        assert_eq!(corrupt(&headless).class, BytesClass::Missing);
+        headless = sample();
+        headless[2][20] ^= 1;
+        assert_eq!(corrupt(&headless).class, BytesClass::Missing);
+    }
+
+    #[test]
+    fn frames_of_another_use_of_the_slot_are_not_news() {
+        let mut disk = disk(1);
+        write(&mut log(STREAM, 0, 11, None), &mut disk, 3);
+        write(&mut log(STREAM, 0, 22, None), &mut disk, 1);
+        let (recovered, seen) = strict(&disk).unwrap();
+        assert_eq!((seen.len(), recovered.sealed[0].class), (1, BytesClass::Stale));
+        // Without the salt, the third frame of the first use would look like a witness.
+        let flawed = recover_flawed(&shape(), &disk, None, Some(Flaw::IgnoreSalt), &mut |_| ());
+        assert!(matches!(flawed, Err(RecoveryError::Corrupt(_))), "{flawed:?}");
+    }
+
+    #[test]
+    fn other_stores_sizes_and_doubles_are_refused() {
+        let mut disk = sample();
+        let other = StoreShape { store: StoreId { uuid: [8; 16], node: 1 }, ..shape() };
+        let refused = recover(&other, &disk, None, Mode::Strict, &mut |_| ());
+        assert_eq!(refused, Err(RecoveryError::ForeignSlot { slot: Slot(1) }));
+        let node = StoreShape { store: StoreId { uuid: [7; 16], node: 2 }, ..shape() };
+        let refused = recover(&node, &disk, None, Mode::Strict, &mut |_| ());
+        assert_eq!(refused, Err(RecoveryError::ForeignSlot { slot: Slot(1) }));
+        let smaller = StoreShape { segment_size: SEGMENT_SIZE_MIN, ..shape() };
+        let refused = recover(&smaller, &disk, None, Mode::Strict, &mut |_| ());
+        assert!(matches!(refused, Err(RecoveryError::SegmentSize { slot: Slot(1), .. })));
+        let fewer = StoreShape { vshards: 1, ..shape() };
+        let refused = recover(&fewer, &disk, None, Mode::Strict, &mut |_| ());
+        assert!(matches!(refused, Err(RecoveryError::VShard { vshard: VShard(1), .. })));
+        disk[3] = disk[2].clone();
+        assert!(matches!(strict(&disk), Err(RecoveryError::Twice { sequence: 1, .. })));
+    }
+
+    /// One block cannot be read.
+    struct Bad(Vec<Vec<u8>>, Slot, u32);
+
+    impl Segments for Bad {
+        fn slots(&self) -> Vec<Slot> {
+            self.0.slots()
+        }
+
+        fn read(&self, slot: Slot, offset: u32, len: u32) -> Result<Bytes, ReadError> {
+            if slot == self.1 && (offset..offset + len).contains(&self.2) {
+                return Err(ReadError { slot, offset, len, reason: "injected".to_owned() });
+            }
+            self.0.read(slot, offset, len)
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_the_end() {
+        for block in 0..4 {
+            // Even behind the last frame: it might have been a frame.
+            let bad = Bad(sample(), Slot(2), block * BLOCK as u32);
+            let refused = recover(&shape(), &bad, None, Mode::Strict, &mut |_| ());
+            assert!(matches!(refused, Err(RecoveryError::Read(_))), "block {block}: {refused:?}");
+        }
+        let bad = Bad(sample(), Slot(1), 2 * BLOCK as u32);
+        let mut seen = Vec::new();
+        let recovered = recover(&shape(), &bad, None, Mode::Salvage, &mut |entry| seen.extend(entry.index)).unwrap();
+        assert_eq!(seen, [1, 3, 4, 5]);
+        let RecoveryError::Corrupt(damage) = &recovered.damage[0] else { panic!("{:?}", recovered.damage) };
+        assert_eq!(damage.class, BytesClass::Unreadable);
+    }
+
+    #[test]
+    fn a_sealed_tail_is_never_looked_at_again() {
+        let mut disk = sample();
+        disk[2][BLOCK + 130] ^= 1;
+        disk[2][2 * BLOCK + 130] ^= 1;
+        // Segment 2 holds no witness for its own first frame any more: its second frame's header does.
+        assert_eq!(corrupt(&disk).from, Lsn(u64::from(SIZE)));
+        disk[2][2 * BLOCK + 90] ^= 1;
+        let (recovered, seen) = strict(&disk).unwrap();
+        assert_eq!(seen, [1, 2, 3]);
+        let next = StreamId { incarnation: recovered.incarnation_max + 1, core: 0 };
+        let mut log = log(next, 3, 33, Some(recovered.note()));
+        flush(&mut log, &mut disk);
+        // What was thrown away comes back, as if it had been stuck in a cache: the note stands.
+        disk[2][BLOCK + 130] ^= 1;
+        disk[2][2 * BLOCK + 130] ^= 1;
+        disk[2][2 * BLOCK + 90] ^= 1;
+        let (again, seen) = strict(&disk).unwrap();
+        assert_eq!(seen, [1, 2, 3]);
+        assert_eq!(again.sealed[0], recovered.sealed[0]);
+        assert_eq!(again.free, [Slot(0), Slot(2)]);
+        // And a stream that ends before its seal is damaged.
+        disk[1][3 * BLOCK + 130] ^= 1;
+        assert_eq!(corrupt(&disk).to, recovered.sealed[0].end);
+    }
+
+    #[test]
+    fn a_clean_stop_is_seen() {
+        let mut disk = disk(1);
+        let mut log = log(STREAM, 0, 11, Some(RecoveryNote::default()));
+        append(&mut log, 1);
+        log.clean().unwrap();
+        flush(&mut log, &mut disk);
+        assert!(strict(&disk).unwrap().0.clean);
+    }
+
+    #[test]
+    fn the_checkpoint_stands_for_what_it_covers() {
+        let disk = sample();
+        let first = Segment { stream: STREAM, sequence: 0, slot: Slot(1), salt: 11 };
+        let second = Segment { stream: STREAM, sequence: 1, slot: Slot(2), salt: 12 };
+        let mut checkpoint = Checkpoint {
+            store: shape().store,
+            segment_size: SIZE,
+            number: 1,
+            incarnation: 1,
+            time: WallMs(99),
+            streams: vec![StreamState {
+                stream: STREAM,
+                covered: Lsn(u64::from(SIZE) + 2 * BLOCK as u64),
+                durable: Lsn(u64::from(SIZE) + 2 * BLOCK as u64),
+                sealed: None,
+            }],
+            live: vec![second],
+            vshards: vec![VShardState::default(), VShardState { last_index: 4, state: Bytes::new() }],
+        };
+        let run = |checkpoint: &Checkpoint, disk: &Vec<Vec<u8>>| {
+            let mut seen = Vec::new();
+            let all = recover(&shape(), disk, Some(checkpoint), Mode::Strict, &mut |entry| seen.extend(entry.index))?;
+            Ok::<_, RecoveryError>((all, seen))
+        };
+        let (recovered, seen) = run(&checkpoint, &disk).unwrap();
+        assert_eq!((seen, recovered.last_index, recovered.time), (vec![5], vec![0, 5], WallMs(99)));
+        assert_eq!(recovered.live, [second]);
+
+        // Segment 0 is needed and there, or needed and gone.
+        checkpoint.live.insert(0, first);
+        assert_eq!(run(&checkpoint, &disk).unwrap().0.live, [first, second]);
+        let mut gone = disk.clone();
+        gone[1].fill(0);
+        assert!(matches!(run(&checkpoint, &gone), Err(RecoveryError::Corrupt(d)) if d.class == BytesClass::Missing));
+        checkpoint.live.remove(0);
+        // All that the checkpoint knows to be durable must be there.
+        let mut shorter = disk.clone();
+        shorter[2][BLOCK..].fill(0);
+        assert!(matches!(run(&checkpoint, &shorter), Err(RecoveryError::Corrupt(_))));
+        // An index between checkpoint and log is missing.
+        checkpoint.vshards[1].last_index = 3;
+        assert_eq!(run(&checkpoint, &disk).unwrap().1, [4, 5]);
+        checkpoint.vshards[1].last_index = 2;
+        assert!(matches!(run(&checkpoint, &disk), Err(RecoveryError::IndexGap { expected: 3, found: 4, .. })));
+        checkpoint.store.node = 2;
+        assert_eq!(run(&checkpoint, &disk).unwrap_err(), RecoveryError::ForeignCheckpoint);
+    }
+
+    #[test]
+    fn no_mutation_makes_it_panic_or_invent() {
+        let original = sample();
+        let mut state = 1_u64;
+        let mut random = |bound: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize % bound
+        };
+        for _ in 0..2_000 {
+            let mut disk = original.clone();
+            for _ in 0..1 + random(4) {
+                let (slot, at) = (random(4), random(SIZE as usize));
+                match random(3) {
+                    0 => disk[slot][at] ^= 1 << random(8),
+                    1 => {
+                        let len = random(SIZE as usize - at) + 1;
+                        disk[slot][at..at + len].fill(random(256) as u8);
+                    }
+                    _ => {
+                        let (from, block) = (random(4), random(4) * BLOCK);
+                        let bytes = disk[from][block..block + BLOCK].to_vec();
+                        let to = random(4) * BLOCK;
+                        disk[slot][to..to + BLOCK].copy_from_slice(&bytes);
+                    }
+                }
+            }
+            for mode in [Mode::Strict, Mode::Salvage] {
+                let mut seen = Vec::new();
+                let _ = recover(&shape(), &disk, None, mode, &mut |entry| seen.extend(entry.index));
+                assert!(seen.is_sorted() && seen.iter().all(|index| (1..=5).contains(index)), "{seen:?}");
+            }
+        }
     }
 }
