@@ -13,6 +13,6 @@ trap 'rm -f "$out"' EXIT
 awk -v table="$out" '
     /<!-- bench:begin -->/ { print; print "```"; while ((getline line < table) > 0) print line; print "```"; inside = 1 }
     /<!-- bench:end -->/   { inside = 0 }
-    !inside || /<!-- bench:end -->/ { if (!/<!-- bench:begin -->/) print }
+    !inside                { print }
 ' RESULTS.md > RESULTS.md.new
 mv RESULTS.md.new RESULTS.md

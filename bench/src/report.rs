@@ -157,10 +157,11 @@ impl Results {
 
     pub fn tables(&self) -> String {
         let summaries = self.summaries();
-        let mut text = latency_table(&summaries);
-        text.push('\n');
-        text.push_str(&cost_table(&summaries));
-        text.push('\n');
+        let mut text = String::new();
+        for table in [latency_table(&summaries), cost_table(&summaries)].iter().filter(|table| table.rows.len() > 1) {
+            text.push_str(&table.text());
+            text.push('\n');
+        }
         text.push_str(&floor_lines(&summaries));
         for line in &self.lines {
             if let Line::Failure { scenario, repeat, error } = line {
@@ -193,7 +194,7 @@ fn summary(samples: &[Values]) -> Values {
     names.into_iter().map(summarise).collect()
 }
 
-fn latency_table(summaries: &[(String, Values)]) -> String {
+fn latency_table(summaries: &[(String, Values)]) -> Table {
     let mut table = Table::new(&["latency, us", "of", "p50", "p90", "p99", "p99.9", "max"]);
     for (scenario, values) in summaries {
         for (key, title) in
@@ -208,10 +209,10 @@ fn latency_table(summaries: &[(String, Values)]) -> String {
             }
         }
     }
-    table.text()
+    table
 }
 
-fn cost_table(summaries: &[(String, Values)]) -> String {
+fn cost_table(summaries: &[(String, Values)]) -> Table {
     let columns = [
         ("offered/s", "offered_per_s"),
         ("confirmed/s", "confirmed_per_s"),
@@ -236,7 +237,7 @@ fn cost_table(summaries: &[(String, Values)]) -> String {
         row.extend(columns.map(|(_, key)| values.get(key).map_or("-".into(), |value| number(*value))));
         table.row(row);
     }
-    table.text()
+    table
 }
 
 /// The machine's floors and how far above them the broker's confirms are.
