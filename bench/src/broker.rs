@@ -124,11 +124,21 @@ impl Broker {
         Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
     }
 
+    /// Memory resident now.
+    pub fn rss_mib(&self) -> Result<f64> {
+        self.status_mib("VmRSS:")
+    }
+
     /// Most memory it ever had resident.
     pub fn peak_rss_mib(&self) -> Result<f64> {
+        self.status_mib("VmHWM:")
+    }
+
+    fn status_mib(&self, field: &str) -> Result<f64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).ok_or("no VmHWM")?;
-        let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
+        let value =
+            status.lines().find_map(|line| line.strip_prefix(field)).ok_or("no such field in /proc/PID/status")?;
+        let kib: f64 = value.trim().trim_end_matches(" kB").parse()?;
         Ok(kib / 1024.0)
     }
 

@@ -4,6 +4,7 @@
 pub mod cores;
 pub mod durable_rate;
 pub mod durable_saturation;
+pub mod idle;
 pub mod memory;
 pub mod recovery;
 pub mod v1;
@@ -43,6 +44,7 @@ pub fn quick() -> Vec<Scenario> {
     let mut scenarios = durable_rate::scenarios();
     scenarios.extend(durable_saturation::scenarios());
     scenarios.extend(memory::scenarios());
+    scenarios.extend(idle::scenarios());
     scenarios
 }
 
@@ -51,9 +53,6 @@ const TOPIC: &str = "bench/one-to-one";
 const CREDIT: u32 = 16_384;
 /// Silence after which what has not arrived never will.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// How the broker may count its log writes, the first known wins.
-const WRITE_COUNTERS: [&str; 2] = ["wal_writes_total", "wal_batches_total"];
 
 /// May messages be lost without failing the scenario?
 #[derive(Clone, Copy, PartialEq)]
@@ -110,10 +109,8 @@ impl OneToOne {
             load::run(&plan, &mut publisher, &mut consumer)
         })??;
         let cpu = broker.cpu_seconds()? - cpu;
-        let grown = |name: &str| {
-            let after = broker.metrics().get(name).copied()?;
-            Some(after - counters.get(name).copied().unwrap_or(0.0))
-        };
+        let counters_after = broker.metrics();
+        let grown = |name: &str| Some(counters_after.get(name)? - counters.get(name).copied().unwrap_or(0.0));
 
         if outcome.disordered > 0 {
             return Err(
@@ -140,11 +137,17 @@ impl OneToOne {
         insert("broker_cpu_percent", cpu / outcome.elapsed.as_secs_f64() * 100.0);
         insert("generator_cpu_percent", outcome.generator_cpu.as_secs_f64() / outcome.elapsed.as_secs_f64() * 100.0);
         insert("peak_rss_mib", broker.peak_rss_mib()?);
-        if let Some(bytes) = grown("wal_bytes_total").filter(|bytes| *bytes > 0.0) {
-            insert("log_bytes_per_message", bytes / messages);
+        let records = grown("wal_bytes_total").unwrap_or(0.0);
+        if records > 0.0 {
+            let padding = grown("blipmq_wal_padding_bytes_total").unwrap_or(0.0);
+            insert("log_bytes_per_message", (records + padding) / messages);
         }
-        if let Some(writes) = WRITE_COUNTERS.iter().find_map(|name| grown(name)).filter(|writes| *writes > 0.0) {
-            insert("messages_per_write", messages / writes);
+        for (name, counter) in
+            [("messages_per_write", "blipmq_wal_batches_total"), ("messages_per_sync", "blipmq_wal_syncs_total")]
+        {
+            if let Some(count) = grown(counter).filter(|count| *count > 0.0) {
+                insert(name, messages / count);
+            }
         }
         if plan.confirm {
             add_latency(&mut values, "confirm", &outcome.confirm);
