@@ -7,26 +7,58 @@ use crate::types::{ClientSub, CoreId, DeliveryTag, Durability, Lsn, Qos};
 #[derive(Clone, PartialEq, Debug)]
 pub enum Reply {
     /// v1: ACK with this id (0 for HELLO and AUTH).
-    AckV1 { cid: u64, id: u64 },
+    AckV1 {
+        cid: u64,
+        id: u64,
+    },
     /// v1: NACK. v2: ERROR.
-    Error { cid: u64, code: u16, text: Bytes },
+    Error {
+        cid: u64,
+        code: u16,
+        text: Bytes,
+    },
     /// v2: OK.
-    Ok { cid: u64 },
+    Ok {
+        cid: u64,
+    },
     /// v2: answer to HELLO.
-    Welcome { cid: u64, welcome: Welcome },
+    Welcome {
+        cid: u64,
+        welcome: Welcome,
+    },
     /// v2: one entry of a CONFIRM frame; the encoder joins consecutive ones into one frame.
-    Confirm { cid: u64, outcome: Outcome },
+    Confirm {
+        cid: u64,
+        outcome: Outcome,
+    },
     /// v2.
-    Subscribed { cid: u64, sub: ClientSub, core: CoreId, resumed: bool, backlog: u64 },
+    Subscribed {
+        cid: u64,
+        sub: ClientSub,
+        core: CoreId,
+        resumed: bool,
+        backlog: u64,
+    },
     /// v2.
-    Aliased { cid: u64, alias: u32, core: CoreId },
+    Aliased {
+        cid: u64,
+        alias: u32,
+        core: CoreId,
+    },
     /// v1: PUBLISH with `cid` (tag for QoS1, the POLL's cid for QoS0). v2: DELIVER.
     Deliver(Deliver),
-    Pong { cid: u64 },
+    Pong {
+        cid: u64,
+    },
     /// v2: the broker asks whether the client is alive.
-    Ping { cid: u64 },
+    Ping {
+        cid: u64,
+    },
     /// v2: the broker is about to close.
-    GoAway { code: u16, text: Bytes },
+    GoAway {
+        code: u16,
+        text: Bytes,
+    },
 }
 
 #[derive(Clone, PartialEq, Debug)]

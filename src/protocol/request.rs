@@ -22,22 +22,45 @@ pub struct Request {
 #[derive(Clone, PartialEq, Debug)]
 pub enum RequestKind {
     /// The payload was well-formed; `version` may still be one we do not speak.
-    Hello { version: u16 },
-    Auth { key: Bytes },
+    Hello {
+        version: u16,
+    },
+    Auth {
+        key: Bytes,
+    },
     Publish(Publish),
     Subscribe(Subscribe),
     /// v2: gives `topic` the number `alias` on this connection.
-    Alias { alias: u32, topic: Bytes },
+    Alias {
+        alias: u32,
+        topic: Bytes,
+    },
     /// `confirm`: v2 may ask for an OK once the acknowledgement is as durable as the policy says. v1: one tag, no answer on success.
-    Ack { sub: ClientSub, tags: TagRanges, confirm: bool },
+    Ack {
+        sub: ClientSub,
+        tags: TagRanges,
+        confirm: bool,
+    },
     /// v2 only.
-    Reject { sub: ClientSub, tags: TagRanges, action: RejectAction },
+    Reject {
+        sub: ClientSub,
+        tags: TagRanges,
+        action: RejectAction,
+    },
     /// v2 only: the new most unacknowledged deliveries.
-    Credit { sub: ClientSub, credit: u32 },
+    Credit {
+        sub: ClientSub,
+        credit: u32,
+    },
     /// v2 only.
-    Unsubscribe { sub: ClientSub, mode: UnsubscribeMode },
+    Unsubscribe {
+        sub: ClientSub,
+        mode: UnsubscribeMode,
+    },
     /// v1 only.
-    Poll { sub: ClientSub },
+    Poll {
+        sub: ClientSub,
+    },
     Ping,
     /// PONG, or v1's NACK: no answer.
     Ignored,
@@ -85,7 +108,7 @@ pub struct Publish {
 pub enum Identity {
     /// 1..=64 bytes chosen by the client.
     MessageId(Bytes),
-    /// Sequences of one publisher grow; a sequence not above the last stored one is a duplicate.
+    /// A sequence this publisher has already stored in the topic is a duplicate.
     Publisher { id: u64, sequence: u64 },
 }
 
