@@ -76,6 +76,11 @@ impl Broker {
         client
     }
 
+    /// The port for clients.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The store's directory.
     pub fn store(&self) -> PathBuf {
         self.dir.0.join("store")
@@ -159,6 +164,8 @@ fn spawn_until_ready(dir: &Path, env: &[(String, String)]) -> (Process, u16, u16
             .env("BLIPMQ_METRICS_PORT", metrics_port.to_string())
             .env("BLIPMQ_WAL_PATH", dir.join("store"))
             .env("BLIPMQ_ALLOWED_API_KEYS", KEY)
+            // Two, so that a topic may live on its client's core or on another.
+            .env("BLIPMQ_SHARDS_COUNT", "2")
             .env("BLIPMQ_STORAGE_SEGMENT_SIZE", "32MiB")
             .env("BLIPMQ_DELIVERY_POLL_PARK_MS", "600000")
             .envs(env.iter().map(|(name, value)| (name, value)))
