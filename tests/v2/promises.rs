@@ -280,7 +280,7 @@ fn g19_sigterm_loses_nothing_under_any_policy() {
 
 #[test]
 fn g20_a_wrong_setting_is_reported() {
-    for (name, value) in [("BLIPMQ_PORT", "no number"), ("BLIPMQ_FSYNC_POLICY", "allways"), ("BLIPMQ_NONSENSE", "1")] {
+    for (name, value) in [("BLIPMQ_PORT", "no number"), ("BLIPMQ_FSYNC_POLICY", "allways")] {
         let output = Broker::check_config(&[(name, value)]);
         assert_eq!(output.status.code(), Some(78), "{name}");
         let said = [output.stdout, output.stderr].concat();

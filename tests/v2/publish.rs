@@ -100,6 +100,7 @@ fn a_message_id_is_stored_once() {
         client.store(&Publish::to(&format!("{topic}/other"), "m").id("order-17"));
         // A QoS0 message has an identity, too, as long as somebody listens.
         client.store(&Publish::to(&topic, "volatile").qos(0).id("v"));
+        assert_eq!(client.delivery(sub).text(), "volatile");
         let outcome = client.confirm(&Publish::to(&topic, "volatile").qos(0).id("v"));
         assert_eq!(outcome, Outcome::Duplicate { level: 0, position: 0 });
     }

@@ -323,7 +323,7 @@ fn keys_may_do_what_their_patterns_say() {
     fs::create_dir_all(&dir).expect("a directory");
     let file = dir.join("keys.toml");
     let keys = "[[keys]]\nname = \"orders\"\nkey = \"orders-key\"\npublish = [\"orders.*\"]\nsubscribe = [\"orders.*\", \"prices\"]\n\
-        [[keys]]\nname = \"mute\"\nkey = \"mute-key\"\n";
+        [[keys]]\nname = \"mute\"\nkey = \"mute-key\"\npublish = [\"elsewhere\"]\n";
     fs::write(&file, keys).expect("a config file");
     let broker = Broker::start(&[("BLIPMQ_CONFIG", file.to_str().expect("a path"))]);
     fs::remove_dir_all(&dir).ok();
