@@ -36,7 +36,7 @@ use crate::shard::snapshot;
 use crate::shard::subscription::{self, Death, Kind, Pick, Poll, Queued};
 use crate::shard::timers::{Timer, Timers};
 use crate::time::{Duration, Instant, Now, WallMs};
-use crate::types::{ConnId, CoreId, DeliveryTag, Durability, LogRef, Lsn, Qos, Seq, Slot, SubId, TopicId, VShard};
+use crate::types::{ConnId, CoreId, Durability, LogRef, Lsn, Qos, Seq, Slot, SubId, TopicId, VShard};
 use crate::wal::batch::{AppendError, Class, Grant, Log, Write};
 use crate::wal::commit::Commit;
 use crate::wal::record::{IdentityRef, Published, Record, published_message};
