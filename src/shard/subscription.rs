@@ -449,12 +449,16 @@ impl Subscription {
         }
     }
 
-    /// A delivery has come to nothing (timeout or reject): counts as failed. Returns how often it has.
+    /// A delivery has come to nothing (timeout or reject): counts as failed, once, also if a reject comes after the timeout.
+    /// Returns how often it has.
     pub fn fail(&mut self, seq: Seq) -> u16 {
         let Some(touched) = self.touched.get_mut(&seq) else { return 0 };
-        touched.failures = touched.failures.saturating_add(1);
-        self.failed += 1;
-        let (failures, was, last) = (touched.failures, touched.state, touched.last);
+        let (was, last) = (touched.state, touched.last);
+        if matches!(was, State::InFlight { .. }) {
+            touched.failures = touched.failures.saturating_add(1);
+            self.failed += 1;
+        }
+        let failures = touched.failures;
         match was {
             State::InFlight { .. } => self.give_back_credit(last),
             State::Ready => _ = self.front.remove(&seq),
