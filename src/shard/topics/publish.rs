@@ -2,13 +2,29 @@
 
 use super::*;
 
+/// What a v1 delivery has besides topic and message: type, correlation id, QoS, the topic's length. A publish by alias does
+/// not carry the name, so it can be longer than any frame that delivers it.
+const V1_DELIVERY_HEADER: usize = 12;
+/// A v2 client accepts DELIVER frames longer than others by 64 KiB: enough for the header and all options, the dead letter's
+/// included.
+const _: () = assert!(limits::OPTIONS_LEN_MAX + 64 < 64 * 1024);
+
 impl Topics {
     pub(super) fn on_publish(&mut self, from: Option<CoreId>, publish: AskPublish, turn: &mut Turn) {
         turn.metrics.publishes_received.add(publish.qos, 1);
         let remote = from.map(|core| (core, publish.weight() as u64));
         if self.draining {
-            let text = Bytes::from_static(b"log corruption: write-ahead log not available: broker shutting down");
+            let text = match publish.version {
+                Version::V1 => &b"log corruption: write-ahead log not available: broker shutting down"[..], // V1 B12
+                Version::V2 => b"the broker is shutting down",
+            };
+            let text = Bytes::from_static(text);
             self.refuse(&publish, code::SHUTTING_DOWN, text, remote, turn);
+            return;
+        }
+        if V1_DELIVERY_HEADER + publish.topic.len() + publish.payload.len() > limits::FRAME_LEN_MAX as usize {
+            let text = Bytes::from_static(b"message too large: no frame could deliver it with its topic's name");
+            self.refuse(&publish, code::TOO_LARGE, text, remote, turn);
             return;
         }
         match publish.qos {
