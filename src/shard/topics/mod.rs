@@ -210,7 +210,9 @@ impl Topics {
     fn restore_urgent(&mut self, id: SubId, now: Now) {
         let Some(sub) = self.catalog.subs.get_mut(&id) else { return };
         let Some(topic) = self.catalog.topics.get(&sub.topic) else { return };
-        for entry in topic.index.live_from(sub.floor).filter(|e| e.priority > 0) {
+        // What is not visible yet comes by `make_visible`.
+        for entry in topic.index.live_from(sub.floor).take_while(|e| e.seq <= topic.visible).filter(|e| e.priority > 0)
+        {
             sub.push_urgent(entry, now);
         }
     }

@@ -249,6 +249,8 @@ impl Topics {
 
     /// Answers at once if everything up to `at` is durable enough already.
     pub(super) fn wait(&mut self, at: Lsn, waiter: Waiter, turn: &mut Turn) {
+        // Answers keep their order: nobody is answered before those who have waited for longer.
+        let at = self.waiting.back().map_or(at, |(before, _)| at.max(*before));
         self.waiting.push_back((at, waiter));
         if at <= self.commit.ack_upto() {
             self.advance(turn);
