@@ -254,19 +254,20 @@ impl Keeper {
         let mut grants = vec![Vec::new(); self.cores.len()];
         // One for everybody before a second for anybody.
         for round in 0..GRANTS_PER_CORE {
-            for core in 0..self.config.cores {
-                match self.grant(CoreId(core)) {
-                    Ok(Some(grant)) => grants[usize::from(core)].push(grant),
-                    Ok(None) if round >= GRANTS_TO_START => self.pending.push_back(CoreId(core)),
-                    Err(error) if round >= GRANTS_TO_START && is_no_space(&error) => {
-                        self.pending.push_back(CoreId(core))
+            for core in (0..self.config.cores).map(CoreId) {
+                let mut granted = self.grant(core);
+                if round < GRANTS_TO_START && matches!(granted, Ok(None)) {
+                    // The quota is used up, and only a broker that runs can free some of it: publishes will be refused.
+                    tracing::warn!(core = core.0, "one segment beyond the disk quota, to be able to start");
+                    granted = self.make_beyond_quota().and_then(|()| self.grant(core));
+                }
+                match granted {
+                    Ok(Some(grant)) => grants[usize::from(core.0)].push(grant),
+                    Err(error) if round < GRANTS_TO_START || !is_no_space(&error) => {
+                        return Err(io_at("make a segment in", &self.store.wal_dir())(error));
                     }
-                    Ok(None) => {
-                        return Err(StoreError::Config(format!(
-                            "disk_quota leaves no segment for core {core}: raise it, or start with fewer cores"
-                        )));
-                    }
-                    Err(error) => return Err(io_at("make a segment in", &self.store.wal_dir())(error)),
+                    // The core will ask.
+                    Ok(None) | Err(_) => {}
                 }
             }
         }
@@ -325,6 +326,9 @@ impl Keeper {
         if self.cycle.as_ref().is_some_and(|cycle| cycle.answers.iter().all(Option::is_some)) {
             self.finish_cycle();
         }
+        if self.stopped {
+            return true;
+        }
         if self.stop.is_some() && self.cores.iter().any(Sender::is_disconnected) {
             // It will not answer any more: recovery has the log.
             self.end(false);
@@ -362,9 +366,19 @@ impl Keeper {
     /// False: the quota forbids another slot.
     fn make(&mut self) -> io::Result<bool> {
         let Some(slot) = self.segments.slot_to_make() else { return Ok(false) };
+        self.make_slot(slot)?;
+        Ok(true)
+    }
+
+    fn make_beyond_quota(&mut self) -> io::Result<()> {
+        let number = self.segments.unused_number();
+        self.make_slot(number.ok_or_else(|| io::Error::other("no slot number is left"))?)
+    }
+
+    fn make_slot(&mut self, slot: Slot) -> io::Result<()> {
         disk::create_slot(&self.store.wal_dir(), slot, self.store.segment_size(), self.store.direct_io())?;
         self.segments.add_free(slot);
-        Ok(true)
+        Ok(())
     }
 
     /// Gives the slots that are wanted, as long as there are some, and keeps the cores informed about space.
