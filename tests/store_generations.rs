@@ -5,6 +5,8 @@
 //! The keeper, the checkpoints, the log and recovery are the broker's own; the shard is a list of wanted messages, and the
 //! driver writes with plain files.
 
+#![cfg(feature = "server")]
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};

@@ -33,7 +33,8 @@ pub struct CoreReport {
     pub covered: Lsn,
     /// Every slot with at least one live message, whichever stream wrote it.
     pub live: Vec<(Slot, Live)>,
-    /// The segments of the core's own stream that have begun; those long freed may still be named.
+    /// The segments of the core's own stream that have begun: at least those since its last report; naming older ones again,
+    /// even freed ones, does no harm.
     pub begun: Vec<Segment>,
 }
 
