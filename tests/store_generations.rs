@@ -1,6 +1,6 @@
 //! A store through many runs of a broker: slots granted, filled, sealed, emptied, freed and used again by other streams, with
-//! changing core counts, orderly stops, crashes that leave a torn frame, and newest checkpoints that are lost. After each start exactly the messages that were
-//! still wanted are there, and can be read where the log says they are.
+//! changing core counts, orderly stops, crashes that leave a torn frame, and newest checkpoints that are lost. After each
+//! start exactly the messages that were still wanted are there, and can be read where the log says they are.
 //!
 //! The keeper, the checkpoints, the log and recovery are the broker's own; the shard is a list of wanted messages, and the
 //! driver writes with plain files.
