@@ -1,30 +1,42 @@
 //! BlipMQ: a thread-per-core message broker. The modules, in the order a message meets them.
 
-#[cfg(feature = "client")]
-pub mod client;
+pub mod types;
+pub mod limits;
+pub mod time;
 #[cfg(feature = "server")]
 pub mod config;
-/// 5. Bytes out.
-pub mod deliver;
-/// Joins the stages on one core.
+/// Who may log in, and what each API key may do.
 #[cfg(feature = "server")]
-pub mod driver;
-/// At the side: HTTP.
-#[cfg(feature = "server")]
-pub mod gateway;
-pub mod limits;
+pub mod access;
 pub mod metrics;
 /// 1. Bytes in.
 #[cfg(feature = "server")]
 pub mod net;
 /// 2. Bytes to meaning and back.
 pub mod protocol;
-/// Across cores.
-#[cfg(feature = "server")]
-pub mod ring;
 /// 3. Decide.
+#[cfg(feature = "server")]
 pub mod shard;
-pub mod time;
-pub mod types;
 /// 4. Remember.
+#[cfg(feature = "server")]
 pub mod wal;
+/// 5. Bytes out.
+#[cfg(feature = "server")]
+pub mod deliver;
+/// Across cores.
+#[cfg(any(feature = "server", all(loom, test)))]
+pub mod ring;
+/// Joins the stages on one core.
+#[cfg(feature = "server")]
+pub mod driver;
+/// At the side: HTTP.
+#[cfg(feature = "server")]
+pub mod gateway;
+/// Start checks.
+#[cfg(feature = "server")]
+pub mod preflight;
+#[cfg(feature = "server")]
+pub mod logging;
+/// The other end of the wire.
+#[cfg(feature = "client")]
+pub mod client;

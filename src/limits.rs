@@ -6,16 +6,41 @@ pub const FRAME_LEN_MAX: u32 = 16 * 1024 * 1024;
 pub const FRAME_LEN_MIN: u32 = 9;
 /// Largest frame before AUTH succeeded.
 pub const FRAME_LEN_MAX_BEFORE_AUTH: u32 = 4 * 1024;
-/// A connection must be logged in by then.
+/// A connection must be logged in by then, by default.
 pub const AUTH_DEADLINE_MS: u64 = 5_000;
-/// Connections that have not logged in yet, over one core.
+/// Connections that have not logged in yet, over one core, by default.
 pub const UNAUTHENTICATED_PER_CORE_MAX: usize = 1_024;
+/// Bytes of requests a connection may have read but not yet processed, by default; beyond it its socket is not read.
+pub const STALLED_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Failed AUTHs one address may make at once; refilled at one per second.
 pub const AUTH_FAILURES_BURST: u32 = 64;
 /// Addresses whose failed AUTHs one core remembers.
 pub const AUTH_ADDRESSES_MAX: usize = 4_096;
 /// An AUTH from an address beyond its burst is answered this much later.
 pub const AUTH_PENALTY_MS: u64 = 1_000;
+/// Keys that may log in; every AUTH is compared with all of them.
+pub const API_KEYS_MAX: usize = 1_024;
+/// Longest API key: its AUTH must fit the frame allowed before AUTH.
+pub const API_KEY_LEN_MAX: usize = FRAME_LEN_MAX_BEFORE_AUTH as usize - FRAME_LEN_MIN as usize - 2;
+/// Topic patterns one key may publish to, and as many to subscribe to.
+pub const PATTERNS_PER_KEY_MAX: usize = 256;
+/// Longest topic pattern of a key.
+pub const PATTERN_LEN_MAX: usize = 1_024;
+
+/// HTTP connections at once, those that wait for a thread included.
+pub const HTTP_CONNECTIONS_MAX: usize = 64;
+/// Threads that answer them.
+pub const HTTP_THREADS: usize = 2;
+/// Request line and headers.
+pub const HTTP_HEAD_MAX: usize = 8 * 1024;
+/// An HTTP request must be complete by then, and its answer taken within as long again.
+pub const HTTP_DEADLINE_MS: u64 = 5_000;
+/// Questions from outside that wait for one core.
+pub const INQUIRIES_MAX: usize = 16;
+/// A core that has not answered one by then is reported as not answering.
+pub const INQUIRY_DEADLINE_MS: u64 = 1_000;
+/// Topics or subscriptions one core names in one answer.
+pub const INSPECT_ROWS_MAX: usize = 10_000;
 
 /// Longest topic name on the wire (V1 B20).
 pub const TOPIC_NAME_MAX: usize = 65_535;
@@ -42,8 +67,6 @@ pub const SUBS_PER_TOPIC_MAX: usize = 65_536;
 pub const EVENTS_PER_TURN_MAX: usize = 1_024;
 /// Bytes one read takes from a socket; shared by all connections of a core.
 pub const READ_CHUNK: usize = 256 * 1024;
-/// Bytes of requests a connection may have read but not yet processed, beyond which its socket is not read.
-pub const STALLED_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Requests one core may have unanswered at another core.
 pub const FORWARDS_MAX: usize = 8_192;
 /// Bytes of those requests.
@@ -77,6 +100,8 @@ pub const BACKLOG_READS_MAX: usize = 8;
 pub const DEDUP_IDS_MAX: usize = 65_536;
 /// Publishers whose last sequence one topic remembers.
 pub const DEDUP_PUBLISHERS_MAX: usize = 4_096;
+/// Gaps in one publisher's stored sequences that are remembered.
+pub const DEDUP_RANGES_MAX: usize = 1_024;
 /// Ranges of acknowledged messages above the floor one subscription may have before its oldest gap blocks new deliveries.
 pub const ACK_RANGES_MAX: usize = 65_536;
 /// Longest doubling of the retry backoff: beyond it the delay stays.
@@ -84,6 +109,6 @@ pub const RETRY_DOUBLINGS_MAX: u32 = 16;
 
 const _: () = assert!(FRAME_LEN_MAX as usize + 64 * 1024 < BATCH_BYTES_MAX);
 const _: () = assert!(BATCH_BYTES_TARGET <= BATCH_BYTES_MAX);
-const _: () = assert!(BATCH_BYTES_MAX % BLOCK == 0);
+const _: () = assert!(BATCH_BYTES_MAX.is_multiple_of(BLOCK));
 const _: () = assert!(CONSUMER_WINDOW_BYTES <= OUTBOX_LOW);
 const _: () = assert!(OUTBOX_LOW < OUTBOX_MAX && FRAME_LEN_MAX as usize * 2 < OUTBOX_MAX);

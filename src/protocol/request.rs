@@ -108,7 +108,7 @@ pub struct Publish {
 pub enum Identity {
     /// 1..=64 bytes chosen by the client.
     MessageId(Bytes),
-    /// Sequences of one publisher grow; a sequence not above the last stored one is a duplicate.
+    /// A sequence this publisher has already stored in the topic is a duplicate.
     Publisher { id: u64, sequence: u64 },
 }
 

@@ -400,6 +400,10 @@ impl Log {
         self.last_index[usize::from(vshard.0)]
     }
 
+    pub fn segment_size(&self) -> u32 {
+        self.segment_size
+    }
+
     pub fn stream(&self) -> StreamId {
         self.stream
     }

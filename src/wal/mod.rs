@@ -17,23 +17,22 @@ pub mod recovery;
 /// Which slots are in use, and when one may be used again.
 pub mod segments;
 
+/// O_DIRECT write, then sync.
+pub mod writer;
+/// Aligned reads of the backlog.
+pub mod reader;
 /// Slot files as the operating system sees them.
-#[cfg(feature = "server")]
 pub mod disk;
 /// The thread that owns slots and checkpoints.
-#[cfg(feature = "server")]
 pub mod keeper;
 /// From a directory to the records in it.
-#[cfg(feature = "server")]
 pub mod start;
 /// Reads the log of the original broker.
-#[cfg(feature = "server")]
 pub mod import_v1;
 /// Writes a whole log into a new store.
 #[cfg(feature = "server")]
 mod rewrite;
 /// A store's directory: identity, lock, checks.
-#[cfg(feature = "server")]
 pub mod store;
 /// `wal verify`, `dump`, `stat`, `salvage`, and `import-v1`.
 #[cfg(feature = "server")]

@@ -284,6 +284,18 @@ pub fn published_body(record: &Bytes) -> Result<Body, RecordError> {
     Ok(Body(record.slice(body..checked.len())))
 }
 
+/// When a message was published, and its end-to-end part, not copied.
+///
+/// - `check`: its bytes have been on disk, so their checksum is looked at.
+pub fn published_message(record: &Bytes, check: bool) -> Result<(WallMs, Body), RecordError> {
+    let bytes = if check { checked(record)? } else { &record[..] };
+    if bytes.len() < 9 || (bytes[8] != PUBLISHED && bytes[8] != RELOCATED) {
+        return Err(RecordError::Type(bytes.get(8).copied().unwrap_or(0)));
+    }
+    let (body, _) = body_at(bytes)?;
+    Ok((WallMs(u64_at(bytes, 24)), Body(record.slice(body..bytes.len()))))
+}
+
 /// The record at the start of `bytes`, without padding: its length and checksum hold.
 fn checked(bytes: &[u8]) -> Result<&[u8], RecordError> {
     let claimed = if bytes.len() < 8 { 8 } else { u32_at(bytes, 0) as usize };

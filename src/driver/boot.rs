@@ -1,0 +1,203 @@
+//! Recover the store, then make what each core begins with.
+
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use crate::access::KeyRing;
+use crate::config::{Config, Overflow as ConfigOverflow, Qos0Overflow};
+use crate::shard::Parts;
+use crate::shard::catalog::Catalog;
+use crate::shard::settings::{BacklogOverflow, Overflow, Settings};
+use crate::shard::snapshot;
+use crate::time::Duration;
+use crate::types::{ClientSubIds, CoreId, Lsn, StreamId, VShard};
+use crate::wal::batch::{Grant, Log, LogConfig};
+use crate::wal::commit::Commit;
+use crate::wal::start::{RecoveredStore, StartError, recover};
+use crate::wal::store::{Store, StoreOptions};
+
+/// What recovery has read: the state of every virtual shard.
+pub struct Recovery {
+    pub store: RecoveredStore,
+    catalogs: Vec<Catalog>,
+}
+
+pub fn store_options(config: &Config) -> StoreOptions {
+    let default = Config::default().storage.segment_size;
+    let size = config.storage.segment_size;
+    StoreOptions {
+        path: config.wal_path.clone().into(),
+        virtual_shards: config.shards.virtual_shards,
+        dead_letter_suffix: config.delivery.dead_letter_suffix.clone(),
+        segment_size: (size != default).then_some(u32::try_from(size.0).unwrap_or(u32::MAX)),
+        allow_buffered_io: config.storage.allow_buffered_io,
+    }
+}
+
+/// Reads the whole store, and brings every virtual shard to where the log ends.
+pub fn read_store(store: &Store, config: &Config) -> Result<Recovery, StartError> {
+    let began = Instant::now();
+    let vshards = store.identity().virtual_shards;
+    let window = Duration::from_millis(config.delivery.dedup_window_ms);
+    let catalogs: Vec<Catalog> = (0..vshards).map(|_| Catalog::default()).collect();
+    // Both closures of `recover` work on the same state, one after the other.
+    let state = std::cell::RefCell::new((catalogs, vec![0u64; usize::from(vshards)]));
+    let recovered = recover(
+        store,
+        &mut |checkpoint| {
+            let (catalogs, covered) = &mut *state.borrow_mut();
+            for (number, vshard) in checkpoint.vshards.iter().enumerate() {
+                let id = VShard(number as u16);
+                snapshot::decode(&mut catalogs[number], id, &vshard.state, window).map_err(|e| e.to_string())?;
+                covered[number] = vshard.last_index;
+            }
+            Ok(())
+        },
+        &mut |entry| {
+            let (catalogs, covered) = &mut *state.borrow_mut();
+            let number = usize::from(entry.vshard.0);
+            let in_checkpoint = entry.index.is_some_and(|index| index <= covered[number]);
+            catalogs[number].replay(entry.vshard, &entry.record, entry.at, in_checkpoint, window);
+        },
+    )?;
+    let (mut catalogs, _) = state.into_inner();
+    for catalog in &mut catalogs {
+        catalog.replayed();
+    }
+    log_recovery(&recovered, &catalogs, began, config);
+    Ok(Recovery { store: recovered, catalogs })
+}
+
+fn log_recovery(store: &RecoveredStore, catalogs: &[Catalog], began: Instant, config: &Config) {
+    let recovered = &store.recovered;
+    let topics: usize = catalogs.iter().map(|c| c.topics.len()).sum();
+    let subscriptions: usize = catalogs.iter().map(|c| c.subs.len()).sum();
+    let messages: u64 = catalogs.iter().flat_map(|c| c.topics.values()).map(|t| t.index.live()).sum();
+    let took_ms = began.elapsed().as_millis() as u64;
+    tracing::info!(
+        topics,
+        subscriptions,
+        messages,
+        records = recovered.records,
+        frames = recovered.frames,
+        clean = recovered.clean,
+        took_ms,
+        incarnation = store.incarnation,
+        "recovered the store"
+    );
+    if store.fallbacks > 0 {
+        tracing::warn!(fallbacks = store.fallbacks, "a checkpoint file was damaged; the older one was used");
+    }
+    let cut = recovered.truncated;
+    if cut.frames > 0 || cut.bytes > 0 {
+        tracing::warn!(
+            truncated_bytes = cut.bytes,
+            truncated_frames = cut.frames,
+            truncated_records = cut.records,
+            "the log ended in a torn tail, which was cut off: {}",
+            match config.fsync_policy {
+                crate::wal::commit::FsyncPolicy::Always => "nothing confirmed was in it".to_owned(),
+                policy => format!(
+                    "up to {} confirmed records are lost, as fsync_policy {policy} allows after a power loss",
+                    cut.records
+                ),
+            }
+        );
+    }
+}
+
+impl Recovery {
+    /// What each core's shard is made of. `grants`: by core, the first is the one it begins with.
+    pub fn into_parts(
+        self,
+        store: &Store,
+        config: &Config,
+        cores: u16,
+        grants: &mut [Vec<Grant>],
+        keys: &KeyRing,
+        port: u16,
+    ) -> Vec<Parts> {
+        let sub_ids = ClientSubIds::default();
+        let mut by_core: Vec<Catalog> = (0..cores).map(|_| Catalog::default()).collect();
+        for (number, catalog) in self.catalogs.into_iter().enumerate() {
+            by_core[usize::from(VShard(number as u16).core(cores).0)].absorb(catalog);
+        }
+        let recovered = &self.store.recovered;
+        let mut last_index = recovered.last_index.clone();
+        last_index.resize(usize::from(store.identity().virtual_shards), 0);
+        by_core
+            .into_iter()
+            .enumerate()
+            .map(|(number, catalog)| {
+                let grants = &mut grants[number];
+                let log_config = LogConfig {
+                    store: store.id(),
+                    stream: StreamId { incarnation: self.store.incarnation, core: number as u16 },
+                    segment_size: store.segment_size(),
+                    last_index: last_index.clone(),
+                    opening: Some(recovered.note()),
+                };
+                let mut log = Log::new(log_config, grants[0]);
+                for grant in &grants[1..] {
+                    log.grant(*grant);
+                }
+                let start = Lsn(crate::limits::BLOCK as u64);
+                Parts {
+                    settings: settings(config, store, CoreId(number as u16), cores, port),
+                    keys: keys.clone(),
+                    sub_ids: sub_ids.clone(),
+                    catalog,
+                    log,
+                    commit: Commit::new(config.fsync_policy, start),
+                }
+            })
+            .collect()
+    }
+}
+
+/// Bytes an index entry costs, with the room its container keeps.
+const ENTRY_BYTES: usize = 96;
+
+fn settings(config: &Config, store: &Store, core: CoreId, cores: u16, port: u16) -> Settings {
+    let ms = Duration::from_millis;
+    let delivery = &config.delivery;
+    let budget = usize::try_from(config.storage.memory_budget.0).unwrap_or(usize::MAX) / usize::from(cores);
+    Settings {
+        core,
+        cores,
+        vshards: store.identity().virtual_shards,
+        dead_letter_suffix: Bytes::from(store.identity().dead_letter_suffix.clone()),
+        dead_letter: delivery.dead_letter,
+        dead_letter_ttl: ms(delivery.dead_letter_ttl_ms),
+        v1_ttl: ms(delivery.v1_ttl_ms),
+        ttl: ms(delivery.ttl_ms),
+        max_retries: u16::try_from(config.max_retries).unwrap_or(u16::MAX),
+        retry_backoff: ms(config.retry_backoff_ms),
+        ack_timeout: ms(delivery.ack_timeout_ms),
+        orphan_ttl: ms(delivery.orphan_queue_ttl_ms),
+        durable_idle_ttl: ms(delivery.durable_idle_ttl_ms),
+        poll_park: ms(delivery.poll_park_ms),
+        dedup_window: ms(delivery.dedup_window_ms),
+        qos0_messages: usize::try_from(delivery.qos0_queue_messages).unwrap_or(usize::MAX),
+        qos0_bytes: usize::try_from(delivery.qos0_queue_bytes.0).unwrap_or(usize::MAX),
+        qos0_overflow: match delivery.qos0_overflow {
+            Qos0Overflow::DropOldest => Overflow::DropOldest,
+            Qos0Overflow::DropNew => Overflow::DropNew,
+        },
+        backlog_messages: delivery.backlog_messages,
+        backlog_bytes: delivery.backlog_bytes.0,
+        backlog_overflow: match delivery.overflow {
+            ConfigOverflow::Reject => BacklogOverflow::Reject,
+            ConfigOverflow::DropOldest => BacklogOverflow::DropOldest,
+        },
+        auth_deadline: ms(config.net.auth_deadline_ms),
+        keepalive: ms(config.net.keepalive_ms),
+        cache_bytes: budget / 2,
+        entries_max: (budget / 2 / ENTRY_BYTES).max(1024),
+        unauthenticated_max: usize::try_from(config.net.unauthenticated_max).unwrap_or(usize::MAX),
+        connection_bytes: usize::try_from(config.net.connection_bytes.0).unwrap_or(usize::MAX),
+        idle_marker: config.storage.idle_marker,
+        ports: if config.shards.shard_ports { (0..cores).map(|c| port + 1 + c).collect() } else { Vec::new() },
+    }
+}

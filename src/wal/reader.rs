@@ -1,0 +1,35 @@
+//! Aligned reads, for subscribers far behind.
+
+use std::path::Path;
+
+use bytes::Bytes;
+use glommio::io::DmaFile;
+
+use crate::types::Slot;
+use crate::wal::disk;
+
+#[derive(Debug, thiserror::Error)]
+#[error("reading {len} bytes at {offset} of {path} failed: {reason}")]
+pub struct ReadFailed {
+    pub path: String,
+    pub offset: u32,
+    pub len: u32,
+    pub reason: String,
+}
+
+/// Reads `len` bytes at `offset`, both aligned to `BLOCK`.
+///
+/// Opens the slot each time: a handle kept would go on reading a slot that was deleted and made anew.
+pub async fn read(wal_dir: &Path, slot: Slot, offset: u32, len: u32) -> Result<Bytes, ReadFailed> {
+    let path = disk::slot_path(wal_dir, slot);
+    let failed = |reason: String| ReadFailed { path: path.display().to_string(), offset, len, reason };
+    let file = DmaFile::open(&path).await.map_err(|e| failed(e.to_string()))?;
+    let read = file.read_at_aligned(u64::from(offset), len as usize).await.map_err(|e| failed(e.to_string()))?;
+    let bytes = Bytes::copy_from_slice(&read);
+    drop(read);
+    file.close().await.map_err(|e| failed(e.to_string()))?;
+    if bytes.len() != len as usize {
+        return Err(failed(format!("only {} bytes are there", bytes.len())));
+    }
+    Ok(bytes)
+}

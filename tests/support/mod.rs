@@ -1,0 +1,24 @@
+//! A started broker, and a client that shares no code with `src/`: what these tests expect was written down by hand.
+
+mod broker;
+mod client;
+
+pub use broker::{Broker, KEY};
+pub use client::{Client, Delivery, frame, hex, string};
+
+use std::time::{Duration, Instant};
+
+/// How long a test waits for what must come. Generous: it is only ever used up by a failure.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Asks until the answer is `Some`; panics with `what` when patience is used up.
+pub fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
