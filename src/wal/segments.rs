@@ -57,12 +57,10 @@ enum State {
     },
 }
 
-/// When to move leftovers, and how many free slots to keep.
+/// The bounds of what is decided here.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
     pub segment_size: u32,
-    /// Free slots kept ready; more are deleted.
-    pub spare: usize,
     /// Slots the quota allows in all; `None`: as many as the disk holds.
     pub slots_max: Option<usize>,
 }
@@ -288,12 +286,12 @@ impl Segments {
         (0..).map(Slot).find(|slot| !self.slots.contains_key(slot))
     }
 
-    /// A free slot beyond the spare ones, the highest number first; it is forgotten here and to be deleted.
-    pub fn take_surplus(&mut self) -> Option<Slot> {
-        if self.free() > self.policy.spare { self.take_free() } else { None }
+    /// A free slot, the highest number first, if there are more than `keep`; it is forgotten here and to be deleted.
+    pub fn take_surplus(&mut self, keep: usize) -> Option<Slot> {
+        if self.free() > keep { self.take_free() } else { None }
     }
 
-    /// The same, spare or not.
+    /// The same, however few there are.
     pub fn take_free(&mut self) -> Option<Slot> {
         let (&slot, _) = self.slots.iter().rev().find(|(_, state)| **state == State::Free)?;
         self.slots.remove(&slot);
@@ -327,7 +325,7 @@ mod tests {
     use super::*;
 
     const SIZE: u64 = 1 << 20;
-    const POLICY: Policy = Policy { segment_size: SIZE as u32, spare: 2, slots_max: None };
+    const POLICY: Policy = Policy { segment_size: SIZE as u32, slots_max: None };
 
     fn segments(cores: u16) -> Segments {
         Segments::new(POLICY, 7, cores)
@@ -466,9 +464,9 @@ mod tests {
             segments.add_free(Slot(n));
         }
         assert_eq!(segments.slot_to_make(), None);
-        assert_eq!(segments.take_surplus(), Some(Slot(3)));
-        assert_eq!(segments.take_surplus(), Some(Slot(2)));
-        assert_eq!(segments.take_surplus(), None);
+        assert_eq!(segments.take_surplus(2), Some(Slot(3)));
+        assert_eq!(segments.take_surplus(2), Some(Slot(2)));
+        assert_eq!(segments.take_surplus(2), None);
         assert_eq!(segments.slot_to_make(), Some(Slot(2)));
     }
 
