@@ -348,6 +348,23 @@ mod tests {
         Segment { stream: StreamId { incarnation: 6, core: 0 }, sequence, slot: Slot(slot), salt: 100 + sequence }
     }
 
+    /// Found by `chaos crash --seed 5`: the middle one was freed, and the next start refused the gap.
+    #[test]
+    fn no_segment_is_freed_behind_one_that_is_needed() {
+        let mut segments = segments(1);
+        for sequence in 0..4 {
+            segments.add_recovered(old(sequence as u32, sequence));
+        }
+        segments.report(report(0, 0, &[(1, 1, 40), (3, 1, 40)], &[]));
+        let listed: Vec<u64> = segments.to_list().iter().map(|by| by.sequence).collect();
+        assert_eq!(listed, [1, 2, 3]);
+        checkpoint(&mut segments);
+        assert_eq!(checkpoint(&mut segments), [Slot(0)]);
+        segments.report(report(0, 0, &[(3, 1, 40)], &[]));
+        checkpoint(&mut segments);
+        assert_eq!(checkpoint(&mut segments), [Slot(1), Slot(2)]);
+    }
+
     #[test]
     fn a_slot_is_free_after_two_checkpoints_that_do_not_list_it() {
         let mut segments = segments(1);
