@@ -122,7 +122,7 @@ impl Core {
             ForKeeper::Relocated { slot } => ToKeeper::Relocated { core: self.id, slot },
             ForKeeper::Snapshot(Snapshot { covered, durable, vshards, live }) => {
                 let live = live.into_iter().map(|(slot, records, bytes)| (slot, Live { records, bytes })).collect();
-                let report = CoreReport { core: self.id, covered, live, begun: self.begun.borrow().clone() };
+                let report = CoreReport { core: self.id, covered, live, begun: self.begun.take() };
                 let wall = self.clock.now().wall;
                 ToKeeper::Snapshot(Box::new(CoreSnapshot { report, durable, vshards, wall }))
             }

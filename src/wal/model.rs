@@ -921,7 +921,7 @@ impl World {
             recover(&self.shape, platter, chosen.checkpoint.as_ref(), Mode::Salvage, &mut |entry: Entry<'_>| {
                 let (Some(index), Record::Published(message)) = (entry.index, &entry.record) else { return };
                 let sent = self.sent[usize::from(entry.vshard.0)].get(index as usize - 1);
-                if !sent.is_some_and(|sent| payload(sent.id, sent.len) == message.payload) {
+                if sent.is_none_or(|sent| payload(sent.id, sent.len) != message.payload) {
                     phantom = Some(format!("salvage invents {:?} {index}", entry.vshard));
                 }
             })

@@ -96,6 +96,15 @@ enum Waiter {
     },
 }
 
+/// A write under way.
+#[derive(Debug)]
+struct Writing {
+    slot: Slot,
+    /// Offset behind it.
+    upto: u32,
+    new_segment: bool,
+}
+
 /// Live messages of one slot on their way to the log's end.
 #[derive(Debug)]
 struct Relocation {
@@ -116,7 +125,7 @@ pub struct Topics {
     /// How far each slot of this run's stream is written: nothing behind it may be read.
     segment_size: u32,
     written: FxHashMap<Slot, u32>,
-    writing: VecDeque<(Slot, u32)>,
+    writing: VecDeque<Writing>,
     /// Backlog reads under way, and who waits for each.
     reads: FxHashMap<(Slot, u32), Vec<SubId>>,
     reads_waiting: VecDeque<SubId>,
@@ -125,6 +134,10 @@ pub struct Topics {
     ack_answers: Vec<(SubId, ConnId, u64)>,
     no_space: Option<String>,
     draining: bool,
+    /// The log has its last frame: nothing may follow it.
+    finished: bool,
+    /// Publishes that wait for a segment, in order, with the core that forwarded each.
+    held: VecDeque<(Option<CoreId>, AskPublish)>,
     grants_asked: usize,
     snapshot: Option<Snapshot>,
     force_sync: Option<Lsn>,
@@ -160,6 +173,8 @@ impl Topics {
             ack_answers: Vec::new(),
             no_space: None,
             draining: false,
+            finished: false,
+            held: VecDeque::new(),
             grants_asked: 0,
             snapshot: None,
             force_sync: None,
@@ -212,7 +227,8 @@ impl Topics {
     pub fn next_write(&mut self, now: WallMs) -> Option<Write> {
         let write = self.log.next_write(self.commit.durable(), now)?;
         self.cache.add_tail(write.slot, write.offset, write.bytes.clone());
-        self.writing.push_back((write.slot, write.offset + write.bytes.len() as u32));
+        let upto = write.offset + write.bytes.len() as u32;
+        self.writing.push_back(Writing { slot: write.slot, upto, new_segment: write.new_segment });
         Some(write)
     }
 
@@ -223,13 +239,15 @@ impl Topics {
     }
 
     pub fn on_written(&mut self, end: Lsn, records: u32, synced: bool, turn: &mut Turn) {
-        if let Some((slot, upto)) = self.writing.pop_front() {
-            self.written.insert(slot, upto);
+        let writing = self.writing.pop_front();
+        if let Some(writing) = &writing {
+            self.written.insert(writing.slot, writing.upto);
         }
         self.commit.on_written(end, records, turn.now.mono);
         if synced {
             self.commit.on_synced(end, turn.now.mono);
-        } else if self.force_sync.is_some() {
+        } else if self.force_sync.is_some() || writing.is_some_and(|w| w.new_segment) {
+            // A segment that is full is synced, whatever the policy: the window of loss is never more than two.
             self.commit.request_sync();
         }
         while let Some((at, bytes)) = self.durable_bytes_at.front().copied() {
@@ -261,7 +279,7 @@ impl Topics {
 
     /// Time has passed: acknowledgements that were held back, the marker of an idle log.
     pub fn on_tick(&mut self, turn: &mut Turn) {
-        if self.settings.idle_marker && self.commit.marker_wanted(turn.now.mono) {
+        if !self.finished && self.settings.idle_marker && self.commit.marker_wanted(turn.now.mono) {
             self.marker();
         }
         self.advance(turn);
@@ -283,6 +301,7 @@ impl Topics {
 
     /// The last frame of an orderly stop.
     pub fn finish_log(&mut self) {
+        self.finished = true;
         if self.log.clean().is_err() {
             tracing::warn!("no room for the log's last frame: the next start will look for a torn tail");
         }
@@ -291,7 +310,7 @@ impl Topics {
 
     /// Publishers have to wait: the disk is behind.
     pub fn is_behind(&self) -> bool {
-        self.in_flight_bytes > limits::LOG_BYTES_IN_FLIGHT_MAX as u64
+        !self.held.is_empty() || self.in_flight_bytes > limits::LOG_BYTES_IN_FLIGHT_MAX as u64
     }
 
     fn append(
@@ -316,6 +335,7 @@ impl Topics {
         self.log.grant(grant);
         self.grants_asked = self.grants_asked.saturating_sub(1);
         self.ask_for_grants(turn);
+        self.publish_held(turn);
     }
 
     fn ask_for_grants(&mut self, turn: &mut Turn) {
@@ -326,8 +346,9 @@ impl Topics {
         }
     }
 
-    pub fn on_no_space(&mut self, reason: String) {
+    pub fn on_no_space(&mut self, reason: String, turn: &mut Turn) {
         self.no_space = Some(reason);
+        self.publish_held(turn); // they are refused
     }
 
     pub fn on_space_back(&mut self) {

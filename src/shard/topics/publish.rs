@@ -2,8 +2,30 @@
 
 use super::*;
 
+/// What a publish may cost in the log beyond its own bytes: headers, and a topic created on the way.
+const RECORD_OVERHEAD: usize = 512;
+
 impl Topics {
     pub(super) fn on_publish(&mut self, from: Option<CoreId>, publish: AskPublish, turn: &mut Turn) {
+        if !self.held.is_empty() {
+            return self.held.push_back((from, publish));
+        }
+        self.publish(from, publish, turn);
+    }
+
+    /// There is a segment again, or there will be none: goes on with the publishes that waited.
+    pub(super) fn publish_held(&mut self, turn: &mut Turn) {
+        for (from, publish) in std::mem::take(&mut self.held) {
+            if self.held.is_empty() { self.publish(from, publish, turn) } else { self.held.push_back((from, publish)) }
+        }
+    }
+
+    fn publish(&mut self, from: Option<CoreId>, publish: AskPublish, turn: &mut Turn) {
+        let waits = publish.qos == Qos::AtLeastOnce && self.no_space.is_none() && !self.draining;
+        if waits && !self.log.has_room(publish.weight() + RECORD_OVERHEAD, Class::Publish) && self.will_fit(&publish) {
+            // The keeper is making a segment, or will say that it cannot.
+            return self.held.push_back((from, publish));
+        }
         turn.metrics.publishes_received.add(publish.qos, 1);
         let remote = from.map(|core| (core, publish.weight() as u64));
         if self.draining {
@@ -15,6 +37,11 @@ impl Topics {
             Qos::AtMostOnce => self.publish_memory(publish, remote, turn),
             Qos::AtLeastOnce => self.publish_stored(publish, remote, turn),
         }
+    }
+
+    /// Whether any segment could hold it.
+    fn will_fit(&self, publish: &AskPublish) -> bool {
+        publish.weight() + RECORD_OVERHEAD <= self.log.body_max()
     }
 
     pub(super) fn refuse(
@@ -279,7 +306,7 @@ impl Topics {
         let vshard = vshard_of(name, &self.settings.dead_letter_suffix, self.settings.vshards);
         let id = self.catalog.next_topic_id(vshard);
         let record = Record::TopicCreated { topic: id.index, name };
-        self.append(vshard, &record, Class::Publish, turn.now.wall).map_err(append_failed)?;
+        self.append(vshard, &record, Class::Control, turn.now.wall).map_err(append_failed)?;
         self.catalog.create_topic(id, Bytes::copy_from_slice(name));
         Ok(id)
     }
