@@ -62,7 +62,7 @@ fn b01_defaults() {
         "max_retries = 3",
         "retry_backoff_ms = 100",
         "allowed_api_keys = []",
-        "ttl_ms = 60000",
+        "v1_ttl_ms = 60000",
     ] {
         assert!(shown.lines().any(|line| line.starts_with(setting)), "{setting} in\n{shown}");
     }
@@ -509,7 +509,7 @@ fn b22_first_deliveries_are_in_order() {
 #[test]
 fn b23_an_expired_message_is_not_delivered() {
     let ttl = Duration::from_millis(300);
-    let broker = Broker::start(&[("BLIPMQ_DELIVERY_TTL_MS", "300")]);
+    let broker = Broker::start(&[("BLIPMQ_DELIVERY_V1_TTL_MS", "300")]);
     let mut client = broker.v1();
     let sub = client.subscribe("b23", 1);
     client.publish("b23", 0, b"old");

@@ -87,7 +87,17 @@ impl Broker {
         let config = &loaded.config;
         let cores = machine.cpus.len() as u16;
         if loaded.listen.port() != 0 {
-            listener::claim(loaded.listen).map_err(|source| BrokerError::Listen { addr: loaded.listen, source })?;
+            let begun = Instant::now();
+            loop {
+                match listener::claim(loaded.listen) {
+                    Ok(()) => break,
+                    Err(source) if begun.elapsed() > Duration::from_secs(10) => {
+                        return Err(BrokerError::Listen { addr: loaded.listen, source });
+                    }
+                    // The sockets of a killed broker live until the kernel has torn down its rings.
+                    Err(_) => std::thread::sleep(Duration::from_millis(5)),
+                }
+            }
         }
         let store = Arc::new(Store::open(&boot::store_options(config))?);
         let recovery = boot::read_store(&store, config)?;

@@ -406,7 +406,8 @@ impl World {
             self.durable.insert(sealed.stream, sealed.end);
         }
         self.segments = recovered.live.clone();
-        self.gone = restart.chosen.held.iter().copied().filter(|held| !recovered.live.contains(held)).collect();
+        let held = restart.chosen.held.iter().copied();
+        self.gone = held.filter(|held| recovered.free.contains(&held.slot)).collect();
         self.segments.extend(&self.gone);
         let used = |slot: &Slot| self.segments.iter().any(|segment| segment.slot == *slot);
         self.pool = recovered.free.iter().copied().filter(|slot| !used(slot)).collect();

@@ -150,11 +150,19 @@ impl Segments {
 
     /// The slots the next checkpoint must list. Valid if every core has reported in this run.
     pub fn to_list(&self) -> Vec<Segment> {
-        let listed = self.slots.values().filter_map(|state| match state {
-            State::InUse { by, .. } if self.is_needed(by) => Some(*by),
-            _ => None,
-        });
-        listed.collect()
+        let in_use = || {
+            self.slots.values().filter_map(|state| match state {
+                State::InUse { by, .. } => Some(*by),
+                _ => None,
+            })
+        };
+        // Recovery takes a gap in a stream for a loss: from a stream's first needed segment on, all are.
+        let mut first = BTreeMap::new();
+        for by in in_use().filter(|by| self.is_needed(by)) {
+            let sequence = first.entry(by.stream).or_insert(by.sequence);
+            *sequence = by.sequence.min(*sequence);
+        }
+        in_use().filter(|by| first.get(&by.stream).is_some_and(|first| by.sequence >= *first)).collect()
     }
 
     fn is_needed(&self, by: &Segment) -> bool {
@@ -282,8 +290,9 @@ impl Segments {
 
     /// Slots in use that only wait for the next checkpoint or two.
     pub fn releasable(&self) -> usize {
+        let listed: BTreeSet<Slot> = self.to_list().iter().map(|by| by.slot).collect();
         let waits = |state: &&State| match state {
-            State::InUse { by, .. } => !self.is_needed(by),
+            State::InUse { by, .. } => !listed.contains(&by.slot),
             State::Unknown { .. } => true,
             State::Free | State::Granted { .. } => false,
         };
@@ -318,6 +327,23 @@ mod tests {
 
     fn old(slot: u32, sequence: u64) -> Segment {
         Segment { stream: StreamId { incarnation: 6, core: 0 }, sequence, slot: Slot(slot), salt: 100 + sequence }
+    }
+
+    /// Found by `chaos crash --seed 5`: the middle one was freed, and the next start refused the gap.
+    #[test]
+    fn no_segment_is_freed_behind_one_that_is_needed() {
+        let mut segments = segments(1);
+        for sequence in 0..4 {
+            segments.add_recovered(old(sequence as u32, sequence));
+        }
+        segments.report(report(0, 0, &[(1, 1, 40), (3, 1, 40)], &[]));
+        let listed: Vec<u64> = segments.to_list().iter().map(|by| by.sequence).collect();
+        assert_eq!(listed, [1, 2, 3]);
+        checkpoint(&mut segments);
+        assert_eq!(checkpoint(&mut segments), [Slot(0)]);
+        segments.report(report(0, 0, &[(3, 1, 40)], &[]));
+        checkpoint(&mut segments);
+        assert_eq!(checkpoint(&mut segments), [Slot(1), Slot(2)]);
     }
 
     #[test]
