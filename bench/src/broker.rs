@@ -46,6 +46,8 @@ impl Broker {
         let store = setup.work.join(format!("store-{}", std::process::id()));
         remove_store(&store)?;
         fs::create_dir_all(&store)?;
+        // What the run before left to be written, or to be discarded, is not this run's business.
+        rustix::fs::syncfs(File::open(&store)?)?;
         Broker::spawn(setup, store)
     }
 
