@@ -93,6 +93,7 @@ impl Broker {
         self.process.0.id()
     }
 
+    /// The port for clients.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -244,6 +245,8 @@ fn command(dir: &Path, env: &[(String, String)], port: u16, metrics_port: u16) -
         .env("BLIPMQ_METRICS_PORT", metrics_port.to_string())
         .env("BLIPMQ_WAL_PATH", dir.join("store"))
         .env("BLIPMQ_ALLOWED_API_KEYS", KEY)
+        // Two, so that a topic may live on its client's core or on another.
+        .env("BLIPMQ_SHARDS_COUNT", "2")
         .env("BLIPMQ_STORAGE_SEGMENT_SIZE", "32MiB")
         .env("BLIPMQ_DELIVERY_POLL_PARK_MS", "600000")
         .envs(env.iter().map(|(name, value)| (name, value)))

@@ -70,10 +70,11 @@ enum Waiter {
         answer: Option<(ConnId, u64)>,
         remote: Option<(CoreId, u64)>,
     },
-    /// A QoS0 message behind a QoS1 message of its topic.
+    /// A QoS0 message behind a QoS1 message of its topic; or a QoS1 message, for the topic's QoS0 subscriptions.
     Memory {
         topic: TopicId,
         queued: Queued,
+        audience: Audience,
     },
     Confirm {
         conn: ConnId,
@@ -103,6 +104,14 @@ struct Writing {
     /// Offset behind it.
     upto: u32,
     new_segment: bool,
+}
+
+/// Which subscriptions of a topic get a message from memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Audience {
+    All,
+    /// Those of QoS1 get it from the log.
+    AtMostOnce,
 }
 
 /// Live messages of one slot on their way to the log's end.
@@ -377,9 +386,9 @@ impl Topics {
                     release_forward(remote, turn);
                     self.make_visible(topic, seq, priority, turn);
                 }
-                Waiter::Memory { topic, queued } => {
+                Waiter::Memory { topic, queued, audience } => {
                     self.waiting_qos0_bytes -= queued.body.0.len();
-                    self.enqueue_qos0(topic, queued, turn);
+                    self.enqueue_qos0(topic, queued, audience, turn);
                 }
                 Waiter::Confirm { conn, cid, outcome } => turn.tell(Tell::Confirm { conn, cid, outcome }),
                 Waiter::Subscribed { ask, sub, resumed } => self.attach(*ask, sub, resumed, turn),

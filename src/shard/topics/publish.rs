@@ -104,7 +104,7 @@ impl Topics {
                     let queued = Queued { seq: topic.take_seq(), published: now, expires, body };
                     let (id, behind) = (topic.id, topic.last_end > self.commit.ack_upto());
                     if !behind {
-                        self.enqueue_qos0(id, queued, turn);
+                        self.enqueue_qos0(id, queued, Audience::All, turn);
                     } else if self.waiting_qos0_bytes > self.settings.qos0_bytes {
                         let queues = self.catalog.topics.get(&id).map_or(0, |t| t.subs.len() as u64);
                         turn.metrics.queue_in += queues;
@@ -112,7 +112,8 @@ impl Topics {
                     } else {
                         // It must not overtake the stored messages in front of it.
                         self.waiting_qos0_bytes += queued.body.0.len();
-                        self.waiting.push_back((self.log.appended(), Waiter::Memory { topic: id, queued }));
+                        let waiter = Waiter::Memory { topic: id, queued, audience: Audience::All };
+                        self.waiting.push_back((self.log.appended(), waiter));
                     }
                 }
             }
@@ -127,11 +128,15 @@ impl Topics {
         release_forward(remote, turn);
     }
 
-    pub(super) fn enqueue_qos0(&mut self, topic_id: TopicId, queued: Queued, turn: &mut Turn) {
+    pub(super) fn enqueue_qos0(&mut self, topic_id: TopicId, queued: Queued, audience: Audience, turn: &mut Turn) {
         let Some(topic) = self.catalog.topics.get(&topic_id) else { return };
         // Indices, since a full queue is dispatched in between.
         for i in 0..topic.subs.len() {
             let Some(id) = self.catalog.topics.get(&topic_id).and_then(|t| t.subs.get(i).copied()) else { break };
+            if audience == Audience::AtMostOnce && self.catalog.subs.get(&id).is_some_and(|s| s.qos == Qos::AtLeastOnce)
+            {
+                continue;
+            }
             let copy = Queued { body: queued.body.clone(), ..queued };
             self.push_qos0(id, copy, turn);
         }
@@ -249,7 +254,7 @@ impl Topics {
             let body = make_body(&publish.options, &publish.payload);
             self.waiting_qos0_bytes += body.0.len();
             let queued = Queued { seq, published: now, expires, body };
-            self.waiting.push_back((end, Waiter::Memory { topic: id, queued }));
+            self.waiting.push_back((end, Waiter::Memory { topic: id, queued, audience: Audience::AtMostOnce }));
         }
     }
 
