@@ -129,10 +129,6 @@ impl Shard {
                 self.metrics.wal_batches += 1;
                 self.metrics.batch_records.record(u64::from(records));
                 self.with_topics(now, effects, |t, turn| t.on_written(end, records, synced, turn));
-                let me = self.settings.core;
-                if self.was_behind && !self.topics.is_behind() {
-                    self.with_connections(now, effects, |c, desk| c.room_at(me, desk));
-                }
             }
             Event::LogSynced { upto } => self.with_topics(now, effects, |topics, turn| topics.on_synced(upto, turn)),
             Event::BacklogRead { slot, offset, bytes } => {
@@ -142,15 +138,19 @@ impl Shard {
                 FromKeeper::Grant(grant) => topics.on_grant(grant, turn),
                 FromKeeper::TakeSnapshot { force } => topics.take_snapshot(force, turn),
                 FromKeeper::Relocate { slot } => topics.relocate(slot),
-                FromKeeper::NoSpace { reason } => topics.on_no_space(reason),
+                FromKeeper::NoSpace { reason } => topics.on_no_space(reason, turn),
                 FromKeeper::SpaceBack => topics.on_space_back(),
             }),
             Event::Tick => self.on_tick(now, effects),
             Event::Drain => {
                 self.draining = true;
-                self.topics.drain();
+                self.with_topics(now, effects, |topics, turn| topics.drain(turn));
                 self.with_connections(now, effects, |c, desk| c.drain(desk));
             }
+        }
+        if self.was_behind && !self.topics.is_behind() {
+            let me = self.settings.core;
+            self.with_connections(now, effects, |c, desk| c.room_at(me, desk));
         }
         self.was_behind = self.topics.is_behind();
     }

@@ -124,6 +124,9 @@ pub struct Topics {
     dirty: Vec<SubId>,
     ack_answers: Vec<(SubId, ConnId, u64)>,
     no_space: Option<String>,
+    /// Publishes that wait for a segment, and what came behind them. While there are some the core counts as behind, so that
+    /// no more are read: what is here was accepted before, and is bounded by that.
+    parked: VecDeque<(Option<CoreId>, AskPublish)>,
     draining: bool,
     grants_asked: usize,
     snapshot: Option<Snapshot>,
@@ -159,6 +162,7 @@ impl Topics {
             dirty: Vec::new(),
             ack_answers: Vec::new(),
             no_space: None,
+            parked: VecDeque::new(),
             draining: false,
             grants_asked: 0,
             snapshot: None,
@@ -289,9 +293,9 @@ impl Topics {
         self.force_sync();
     }
 
-    /// Publishers have to wait: the disk is behind.
+    /// Publishers have to wait: the disk is behind, or the keeper.
     pub fn is_behind(&self) -> bool {
-        self.in_flight_bytes > limits::LOG_BYTES_IN_FLIGHT_MAX as u64
+        !self.parked.is_empty() || self.in_flight_bytes > limits::LOG_BYTES_IN_FLIGHT_MAX as u64
     }
 
     fn append(
@@ -315,6 +319,7 @@ impl Topics {
     pub fn on_grant(&mut self, grant: Grant, turn: &mut Turn) {
         self.log.grant(grant);
         self.grants_asked = self.grants_asked.saturating_sub(1);
+        self.take_parked(turn);
         self.ask_for_grants(turn);
     }
 
@@ -326,16 +331,18 @@ impl Topics {
         }
     }
 
-    pub fn on_no_space(&mut self, reason: String) {
+    pub fn on_no_space(&mut self, reason: String, turn: &mut Turn) {
         self.no_space = Some(reason);
+        self.take_parked(turn);
     }
 
     pub fn on_space_back(&mut self) {
         self.no_space = None;
     }
 
-    pub fn drain(&mut self) {
+    pub fn drain(&mut self, turn: &mut Turn) {
         self.draining = true;
+        self.take_parked(turn);
     }
 
     /// What the policy allows to be known leaves here: confirms, deliveries, answers.
