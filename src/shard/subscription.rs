@@ -56,6 +56,8 @@ pub struct Consumer {
     pub ack_timeout: Duration,
     /// v1: the newest unanswered POLL.
     pub poll: Option<Poll>,
+    /// v1: its POLL waits for the log to be read; until then its connection looks at no further frame.
+    pub unsettled: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
