@@ -20,6 +20,7 @@ use crate::wal::store::{Store, StoreOptions};
 /// What recovery has read: the state of every virtual shard.
 pub struct Recovery {
     pub store: RecoveredStore,
+    pub took: std::time::Duration,
     catalogs: Vec<Catalog>,
 }
 
@@ -66,7 +67,7 @@ pub fn read_store(store: &Store, config: &Config) -> Result<Recovery, StartError
         catalog.replayed();
     }
     log_recovery(&recovered, &catalogs, began, config);
-    Ok(Recovery { store: recovered, catalogs })
+    Ok(Recovery { store: recovered, took: began.elapsed(), catalogs })
 }
 
 fn log_recovery(store: &RecoveredStore, catalogs: &[Catalog], began: Instant, config: &Config) {

@@ -142,7 +142,7 @@ impl Shard {
             Event::Tick => self.on_tick(now, effects),
             Event::Drain => {
                 self.draining = true;
-                self.topics.drain();
+                self.with_topics(now, effects, |topics, turn| topics.drain(turn));
                 self.with_connections(now, effects, |c, desk| c.drain(desk));
             }
         }

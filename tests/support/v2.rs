@@ -77,6 +77,26 @@ impl Client {
         (0..count).map(next).collect()
     }
 
+    /// How many messages wait in a durable subscription.
+    pub fn backlog_v2(&mut self, topic: &str, durable: &str) -> u64 {
+        let cid = self.next_cid();
+        let options = [&[1][..], &string(durable)].concat();
+        let options_len = (options.len() as u16).to_be_bytes();
+        let credit = 1u32.to_be_bytes();
+        self.send(0x15, cid, &[&[1][..], &credit, &string(topic), &options_len, &options].concat());
+        let subscribed = self.recv();
+        assert_eq!((subscribed.frame_type, subscribed.cid), (0x16, cid), "{subscribed:?}");
+        assert_eq!(subscribed.payload[10], 1, "it existed before");
+        let (sub, backlog) = (u64_at(&subscribed.payload, 0), u64_at(&subscribed.payload, 11));
+        if backlog > 0 {
+            self.deliveries_v2(sub, 1);
+        }
+        let cid = self.next_cid();
+        self.send(0x1b, cid, &[&sub.to_be_bytes()[..], &[0]].concat());
+        assert_eq!(self.hear(), Some(Said::Ok { cid }));
+        backlog
+    }
+
     /// Publishes them all, pipelined, and waits until each is stored.
     pub fn publish_all_v2(&mut self, topic: &str, messages: impl Iterator<Item = Vec<u8>>) {
         let (mut sent, mut stored) = (0, 0);

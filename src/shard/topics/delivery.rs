@@ -159,6 +159,7 @@ impl Topics {
         if let Some(sub) = self.catalog.subs.get_mut(&id) {
             sub.reading = false;
             self.look_after(id, turn);
+            self.settle_polls(id, turn);
         }
     }
 }

@@ -142,11 +142,12 @@ pub struct Topics {
     dirty: Vec<SubId>,
     ack_answers: Vec<(SubId, ConnId, u64)>,
     no_space: Option<String>,
+    /// Publishes that wait for a segment, and what came behind them. While there are some the core counts as behind, so that
+    /// no more are read: what is here was accepted before, and is bounded by that.
+    parked: VecDeque<(Option<CoreId>, AskPublish)>,
     draining: bool,
     /// The log has its last frame: nothing may follow it.
     finished: bool,
-    /// Publishes that wait for a segment, in order, with the core that forwarded each.
-    held: VecDeque<(Option<CoreId>, AskPublish)>,
     grants_asked: usize,
     snapshot: Option<Snapshot>,
     force_sync: Option<Lsn>,
@@ -181,9 +182,9 @@ impl Topics {
             dirty: Vec::new(),
             ack_answers: Vec::new(),
             no_space: None,
+            parked: VecDeque::new(),
             draining: false,
             finished: false,
-            held: VecDeque::new(),
             grants_asked: 0,
             snapshot: None,
             force_sync: None,
@@ -317,9 +318,9 @@ impl Topics {
         self.force_sync();
     }
 
-    /// Publishers have to wait: the disk is behind.
+    /// Publishers have to wait: the disk is behind, or the keeper.
     pub fn is_behind(&self) -> bool {
-        !self.held.is_empty() || self.in_flight_bytes > limits::LOG_BYTES_IN_FLIGHT_MAX as u64
+        !self.parked.is_empty() || self.in_flight_bytes > limits::LOG_BYTES_IN_FLIGHT_MAX as u64
     }
 
     fn append(
@@ -343,8 +344,8 @@ impl Topics {
     pub fn on_grant(&mut self, grant: Grant, turn: &mut Turn) {
         self.log.grant(grant);
         self.grants_asked = self.grants_asked.saturating_sub(1);
+        self.take_parked(turn);
         self.ask_for_grants(turn);
-        self.publish_held(turn);
     }
 
     fn ask_for_grants(&mut self, turn: &mut Turn) {
@@ -357,15 +358,16 @@ impl Topics {
 
     pub fn on_no_space(&mut self, reason: String, turn: &mut Turn) {
         self.no_space = Some(reason);
-        self.publish_held(turn); // they are refused
+        self.take_parked(turn);
     }
 
     pub fn on_space_back(&mut self) {
         self.no_space = None;
     }
 
-    pub fn drain(&mut self) {
+    pub fn drain(&mut self, turn: &mut Turn) {
         self.draining = true;
+        self.take_parked(turn);
     }
 
     /// What the policy allows to be known leaves here: confirms, deliveries, answers.
