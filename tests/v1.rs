@@ -2,8 +2,6 @@
 //!
 //! Silence is shown by a PING whose PONG comes next, not by waiting.
 
-mod support;
-
 use std::fs;
 use std::path::Path;
 use std::process::Command;

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
 use std::time::Instant;
 
-use crate::support::{Broker, Client, KEY, PATIENCE, string};
+use support::{Broker, Client, KEY, PATIENCE, string};
 
 /// One connection, logged in.
 pub struct V2 {

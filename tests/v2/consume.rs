@@ -1,7 +1,7 @@
 //! SUBSCRIBE, DELIVER, ACK, REJECT, CREDIT: who gets what, in which order, how often.
 
 use crate::client::{Delivered, Got, Publish, Reject, Subscribe, V2};
-use crate::support::Broker;
+use support::Broker;
 
 /// The texts of the next deliveries of `sub`.
 fn texts(client: &mut V2, sub: u64, count: usize) -> Vec<String> {

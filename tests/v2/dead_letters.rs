@@ -2,7 +2,7 @@
 
 use crate::client::{Delivered, Publish, Reject, Subscribe, V2};
 use crate::ledger::Ledger;
-use crate::support::Broker;
+use support::Broker;
 
 fn expect_letter(letter: &Delivered, reason: &str, topic: &str, attempts: u16) {
     assert_eq!(letter.header("blipmq-reason").as_deref(), Some(reason));

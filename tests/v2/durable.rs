@@ -1,7 +1,7 @@
 //! Durable subscriptions: they outlive their consumers and the broker.
 
 use crate::client::{Got, Publish, Subscribe, V2};
-use crate::support::Broker;
+use support::Broker;
 
 #[test]
 fn a_durable_subscription_collects_while_nobody_is_there() {
@@ -156,7 +156,7 @@ fn an_ephemeral_subscription_ends_with_unsubscribe_or_its_connection() {
     }
     assert_eq!(crate::ledger::Ledger::read(&broker).sum("subscribers"), 4);
     drop(client);
-    crate::support::eventually("the subscriptions to end", || {
+    support::eventually("the subscriptions to end", || {
         (crate::ledger::Ledger::read(&broker).sum("subscribers") == 0).then_some(())
     });
     crate::ledger::Ledger::expect_balance(&broker);
@@ -173,7 +173,7 @@ fn an_idle_durable_subscription_is_deleted_if_so_configured() {
         client.store_all(topic, &["1", "2"]);
         client.detach(idle);
     }
-    crate::support::eventually("the idle ones to end", || {
+    support::eventually("the idle ones to end", || {
         (crate::ledger::Ledger::read(&broker).sum("subscribers") == 2).then_some(())
     });
     for topic in &topics {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::client::{Got, Publish, Reject, Subscribe, V2};
-use crate::support::{Broker, PATIENCE, eventually};
+use support::{Broker, PATIENCE, eventually};
 
 /// One reading of /metrics, summed over the cores.
 pub struct Ledger(String);

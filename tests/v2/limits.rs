@@ -1,7 +1,7 @@
 //! Messages as large as they may be, and a byte larger.
 
 use crate::client::{Outcome, Publish, Subscribe, V2};
-use crate::support::Broker;
+use support::Broker;
 
 const FRAME_LEN_MAX: usize = 16 << 20;
 

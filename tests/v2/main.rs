@@ -5,9 +5,6 @@
 //! core and with one on the other. Nothing here measures time: a test waits for what must come, and shows that nothing
 //! comes by an answer that would have come after it.
 
-#[path = "../support/mod.rs"]
-mod support;
-
 mod client;
 
 mod consume;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::client::{Outcome, Publish, Reject, Subscribe, V2};
 use crate::ledger::Ledger;
-use crate::support::{Broker, Delivery, KEY, eventually, frame, string};
+use support::{Broker, Delivery, KEY, eventually, frame, string};
 
 fn delivery(tag: u64, message: &[u8]) -> Delivery {
     Delivery { tag, qos: 1, message: message.to_vec() }
@@ -300,7 +300,7 @@ fn g23_ack_and_poll_in_two_writes_do_not_wait_for_delayed_acks() {
         let mut publisher = broker.v1();
         let mut socket = TcpStream::connect(("127.0.0.1", broker.port())).expect("the broker listens");
         socket.set_nodelay(false).expect("a socket");
-        socket.set_read_timeout(Some(crate::support::PATIENCE)).expect("a socket");
+        socket.set_read_timeout(Some(support::PATIENCE)).expect("a socket");
         let read = |socket: &mut TcpStream| {
             let mut len = [0; 4];
             socket.read_exact(&mut len).expect("a frame");

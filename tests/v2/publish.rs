@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::client::{Got, Outcome, Publish, Subscribe, V2};
-use crate::support::{Broker, eventually};
+use support::{Broker, eventually};
 
 #[test]
 fn confirm_says_how_safe_it_is() {
@@ -53,7 +53,7 @@ fn any_number_may_be_under_way_and_each_is_confirmed_once() {
     let mut frames = Vec::new();
     for n in 0..COUNT {
         let publish = Publish::to(&topics[n % topics.len()], [b'x'; 100]);
-        frames.extend(crate::support::frame(0x13, first + n as u64, &publish.payload()));
+        frames.extend(support::frame(0x13, first + n as u64, &publish.payload()));
     }
     client.send_raw(&frames);
     let (mut seen, mut in_frames) = (vec![false; COUNT], 0);

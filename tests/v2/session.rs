@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::client::{Got, Outcome, Publish, Subscribe, V2};
-use crate::support::{Broker, KEY, frame, hex, string};
+use support::{Broker, KEY, frame, hex, string};
 
 #[test]
 fn welcome_says_who_is_there() {
@@ -45,7 +45,7 @@ fn a_core_may_have_a_port_of_its_own() {
     for core in 0..2u16 {
         let port = u16::from_be_bytes([payload[at + 2 * usize::from(core)], payload[at + 1 + 2 * usize::from(core)]]);
         for _ in 0..4 {
-            let mut client = crate::support::Client::connect(port);
+            let mut client = support::Client::connect(port);
             client.send(0x01, 1, &[0, 2]);
             let welcome = client.recv();
             assert_eq!(welcome.payload[4..6], core.to_be_bytes());
