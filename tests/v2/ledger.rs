@@ -101,7 +101,6 @@ fn the_ledger_balances_after_every_kind_of_traffic() {
         client.ack_silently(durable, &[(1, u64::MAX)]);
         // Too late by all means: acknowledged though redelivered to nobody.
         client.ack_silently(durable, &[(3, 3)]);
-        client.store(&Publish::to(topic, "expires").ttl(1));
         client.store(&Publish::to(topic, "delayed").delay(600_000));
         // Refused: the idle queue is full.
         for _ in 0..120 {
@@ -125,11 +124,9 @@ fn the_ledger_balances_after_every_kind_of_traffic() {
 
     broker.kill();
     broker.restart();
-    // An expiry is not logged: what has expired is found expired again.
-    eventually("two in two queues to expire", || (Ledger::read(&broker).lost("expired") == 4).then_some(()));
     let ledger = Ledger::expect_balance(&broker);
     assert!(ledger.sum("queue_recovered_total") >= 200);
-    assert_eq!(ledger.sum("queue_recovered_total"), ledger.sum("queue_waiting") + 4);
+    assert_eq!(ledger.sum("queue_recovered_total"), ledger.sum("queue_waiting"));
     let mut client = V2::connect(&broker);
     for topic in &topics {
         for name in ["idle", "d"] {
