@@ -14,6 +14,8 @@ pub struct Entry {
     /// Subscriptions that have not finished it. 0: dead, kept only because an older entry is in front of it.
     pub refs: u32,
     pub priority: u8,
+    /// Low bits of the microseconds since the broker started, when it was published: for statistics. (Fills padding.)
+    pub stamp: u32,
     /// 0: never.
     pub expires: WallMs,
     /// Not delivered before; 0: at once.
@@ -181,7 +183,7 @@ mod tests {
 
     fn entry(seq: u64, refs: u32, expires: u64) -> Entry {
         let at = LogRef { slot: Slot(0), offset: seq as u32 * 100, len: 100 };
-        Entry { seq: Seq(seq), at, refs, priority: 0, expires: WallMs(expires), not_before: WallMs(0) }
+        Entry { seq: Seq(seq), at, refs, priority: 0, stamp: 0, expires: WallMs(expires), not_before: WallMs(0) }
     }
 
     proptest! {

@@ -114,6 +114,8 @@ pub enum State {
 #[derive(Debug)]
 pub struct Queued {
     pub seq: Seq,
+    /// As `Entry`'s.
+    pub stamp: u32,
     pub published: WallMs,
     pub expires: WallMs,
     pub body: Body,

@@ -226,6 +226,31 @@ fn a_consumer_that_never_reads_does_not_fill_the_memory() {
     assert_eq!(Ledger::expect_balance(&broker).sum("queue_waiting"), 0);
 }
 
+/// The time between publish and delivery used to be counted in whole milliseconds, most of them 0.
+#[test]
+fn publish_to_deliver_is_finer_than_a_millisecond() {
+    let broker = Broker::start(&[]);
+    let mut client = V2::connect(&broker);
+    for topic in client.near_and_far("fine") {
+        let sub = client.sub(&Subscribe::to(&topic));
+        for qos in [1, 1, 1, 0] {
+            client.store(&Publish::to(&topic, "m").qos(qos));
+            client.delivery(sub);
+        }
+    }
+    let (_, text) = broker.http("GET", "/metrics");
+    let of = |name: &str| -> Vec<f64> {
+        let lines =
+            text.lines().filter(|line| line.starts_with(&format!("blipmq_publish_to_deliver_seconds_{name}{{")));
+        lines.map(|line| line.rsplit_once(' ').expect("name and value").1.parse().expect("a number")).collect()
+    };
+    assert_eq!(of("count"), [4.0, 4.0]);
+    for sum in of("sum") {
+        assert!(sum > 0.0 && sum < PATIENCE.as_secs_f64(), "{sum}");
+        assert!((sum * 1e3).fract() != 0.0, "{sum} is whole milliseconds");
+    }
+}
+
 #[test]
 fn topics_and_subs_as_json() {
     let broker = Broker::start(&[]);

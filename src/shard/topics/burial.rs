@@ -108,8 +108,16 @@ impl Topics {
             let record = Record::Acked { sub: id.index, ranges: vec![(seq, seq)] };
             self.append(vshard, &record, Class::Control, now)?;
         }
-        let stored =
-            Stored { seq: dead_seq, at, priority: 0, published: now, expires, not_before: WallMs(0), identity: None };
+        let stored = Stored {
+            seq: dead_seq,
+            at,
+            priority: 0,
+            stamp: turn.now.mono.stamp(),
+            published: now,
+            expires,
+            not_before: WallMs(0),
+            identity: None,
+        };
         let refs = self.catalog.store(dead, &stored, self.settings.dedup_window);
         turn.metrics.queue_in += u64::from(refs);
         let mut memory = None;
@@ -117,7 +125,7 @@ impl Topics {
             topic.last_end = end;
             if topic.has_qos0_subs() {
                 let body = make_body(&options, body.payload());
-                memory = Some(Queued { seq: dead_seq, published: now, expires, body });
+                memory = Some(Queued { seq: dead_seq, stamp: turn.now.mono.stamp(), published: now, expires, body });
             }
         }
         self.waiting.push_back((

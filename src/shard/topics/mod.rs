@@ -479,6 +479,8 @@ impl Topics {
 pub const DEAD_LETTERS_NAME: &[u8] = b"dead-letters";
 /// Expired messages are cleared away at most this often.
 const EXPIRY_STEP_MS: u64 = 200;
+/// A wait longer than an hour is measured in milliseconds.
+const STAMP_GOOD_FOR_MS: u64 = 3_600_000;
 /// Messages copied per turn while a segment is being emptied.
 const RELOCATIONS_PER_TURN: usize = 256;
 
@@ -497,6 +499,7 @@ struct Outgoing {
     qos: Qos,
     attempt: u16,
     redelivered: bool,
+    stamp: u32,
     published: WallMs,
     body: Body,
 }
@@ -512,8 +515,11 @@ fn deliver(
     sub.delivered += 1;
     turn.metrics.delivered.add(message.qos, 1);
     if message.attempt == 1 && !message.redelivered {
-        let waited = turn.now.wall.0.saturating_sub(message.published.0);
-        turn.metrics.publish_to_deliver.record(waited * 1_000_000);
+        let waited_ms = turn.now.wall.0.saturating_sub(message.published.0);
+        // The stamp is fine, but goes round in 71 minutes.
+        let fine = Duration(u64::from(turn.now.mono.stamp().wrapping_sub(message.stamp)) * 1000);
+        let waited = if waited_ms < STAMP_GOOD_FOR_MS { fine } else { Duration::from_millis(waited_ms) };
+        turn.metrics.publish_to_deliver.record(waited.0);
     }
     let consumer = &mut sub.consumers[index];
     consumer.under_way_messages += 1;

@@ -111,7 +111,8 @@ impl Topics {
                     turn.metrics.published.add(Qos::AtMostOnce, 1);
                     topic.published += 1;
                     let body = make_body(&publish.options, &publish.payload);
-                    let queued = Queued { seq: topic.take_seq(), published: now, expires, body };
+                    let queued =
+                        Queued { seq: topic.take_seq(), stamp: turn.now.mono.stamp(), published: now, expires, body };
                     let (id, behind) = (topic.id, topic.last_end > self.commit.ack_upto());
                     if !behind {
                         self.enqueue_qos0(id, queued, Audience::All, turn);
@@ -258,6 +259,7 @@ impl Topics {
             seq,
             at,
             priority: publish.priority,
+            stamp: turn.now.mono.stamp(),
             published: now,
             expires,
             not_before,
@@ -283,7 +285,7 @@ impl Topics {
             // For QoS0 subscriptions it is a QoS0 message, but not before it is as durable as promised.
             let body = make_body(&publish.options, &publish.payload);
             self.waiting_qos0_bytes += body.0.len();
-            let queued = Queued { seq, published: now, expires, body };
+            let queued = Queued { seq, stamp: turn.now.mono.stamp(), published: now, expires, body };
             self.waiting.push_back((end, Waiter::Memory { topic: id, queued, audience: Audience::AtMostOnce }));
         }
         Ok(())
