@@ -36,6 +36,7 @@ fn every_scenario_holds() {
         let name = file.file_name().expect("a name").to_string_lossy().into_owned();
         for (title, lines) in stories(&text) {
             told += 1;
+            eprintln!("{name}: {title}");
             if let Err(what) = tell(&lines) {
                 let _ = writeln!(failures, "{name}: {title}\n  {what}");
             }
@@ -318,7 +319,7 @@ fn option<'a>(words: &[&'a str], name: &str) -> Option<&'a str> {
 
 fn ranges(text: &str) -> TagRanges {
     let tag = |text: &str| DeliveryTag(text.parse().expect("a tag"));
-    let range = |part: &str| part.split_once('-').map_or((tag(part), tag(part)), |(a, b)| (tag(a), tag(b)));
+    let range = |part: &str| part.split_once('-').map_or_else(|| (tag(part), tag(part)), |(a, b)| (tag(a), tag(b)));
     TagRanges(text.split(',').map(range).collect())
 }
 

@@ -341,34 +341,9 @@ impl Topics {
     /// What the policy allows to be known leaves here: confirms, deliveries, answers.
     fn advance(&mut self, turn: &mut Turn) {
         let upto = self.commit.ack_upto();
-        let level = self.commit.level();
         while self.waiting.front().is_some_and(|(at, _)| *at <= upto) {
             let Some((at, waiter)) = self.waiting.pop_front() else { break };
-            match waiter {
-                Waiter::Stored { topic, seq, since, priority, answer, remote } => {
-                    turn.metrics.publish_to_durable.record((turn.now.mono - since).0);
-                    if let Some((conn, cid)) = answer {
-                        let outcome = Outcome::Stored { level, position: at };
-                        turn.tell(Tell::Confirm { conn, cid, outcome });
-                    }
-                    release_forward(remote, turn);
-                    self.make_visible(topic, seq, priority, turn);
-                }
-                Waiter::Memory { topic, queued } => {
-                    self.waiting_qos0_bytes -= queued.body.0.len();
-                    self.enqueue_qos0(topic, queued, turn);
-                }
-                Waiter::Confirm { conn, cid, outcome } => turn.tell(Tell::Confirm { conn, cid, outcome }),
-                Waiter::Subscribed { ask, sub, resumed } => self.attach(*ask, sub, resumed, turn),
-                Waiter::Ok { conn, cid } => turn.tell(Tell::Ok { conn, cid }),
-                Waiter::Relocated { topic, seq, at } => {
-                    self.catalog.moved(topic, seq, at);
-                    turn.metrics.relocated_bytes += u64::from(at.len);
-                    if let Some(relocation) = self.relocations.front_mut() {
-                        relocation.pending -= 1;
-                    }
-                }
-            }
+            self.let_go(at, waiter, turn);
         }
         if self.snapshot.as_ref().is_some_and(|s| s.covered <= self.commit.durable())
             && let Some(mut snapshot) = self.snapshot.take()
@@ -378,6 +353,35 @@ impl Topics {
         }
         if self.force_sync.is_some_and(|upto| upto <= self.commit.durable()) {
             self.force_sync = None;
+        }
+    }
+
+    /// The log is as durable up to `at` as the policy asks: the wait is over.
+    fn let_go(&mut self, at: Lsn, waiter: Waiter, turn: &mut Turn) {
+        match waiter {
+            Waiter::Stored { topic, seq, since, priority, answer, remote } => {
+                turn.metrics.publish_to_durable.record((turn.now.mono - since).0);
+                if let Some((conn, cid)) = answer {
+                    let outcome = Outcome::Stored { level: self.commit.level(), position: at };
+                    turn.tell(Tell::Confirm { conn, cid, outcome });
+                }
+                release_forward(remote, turn);
+                self.make_visible(topic, seq, priority, turn);
+            }
+            Waiter::Memory { topic, queued } => {
+                self.waiting_qos0_bytes -= queued.body.0.len();
+                self.enqueue_qos0(topic, queued, turn);
+            }
+            Waiter::Confirm { conn, cid, outcome } => turn.tell(Tell::Confirm { conn, cid, outcome }),
+            Waiter::Subscribed { ask, sub, resumed } => self.attach(*ask, sub, resumed, turn),
+            Waiter::Ok { conn, cid } => turn.tell(Tell::Ok { conn, cid }),
+            Waiter::Relocated { topic, seq, at } => {
+                self.catalog.moved(topic, seq, at);
+                turn.metrics.relocated_bytes += u64::from(at.len);
+                if let Some(relocation) = self.relocations.front_mut() {
+                    relocation.pending -= 1;
+                }
+            }
         }
     }
 

@@ -226,12 +226,14 @@ impl Topics {
         }
     }
 
-    /// Answers at once if everything up to `at` is durable enough already.
+    /// Answers at once if everything up to `at` is durable enough already, whoever else waits for what is not.
     pub(super) fn wait(&mut self, at: Lsn, waiter: Waiter, turn: &mut Turn) {
-        self.waiting.push_back((at, waiter));
         if at <= self.commit.ack_upto() {
-            self.advance(turn);
+            return self.let_go(at, waiter, turn);
         }
+        // In log order: who joins those who wait for an older place waits no shorter than the last of them.
+        let last = self.waiting.back().map_or(at, |(last, _)| at.max(*last));
+        self.waiting.push_back((last, waiter));
     }
 
     /// Bounded subscriptions: refuses, or gives up the oldest message.
