@@ -377,10 +377,11 @@ impl Subscription {
 
     /// Notes that `seq` goes to consumer `index`. Returns the attempt number, from 1.
     pub fn deliver(&mut self, seq: Seq, priority: u8, index: usize, due: Instant) -> u16 {
-        self.front.remove(&seq);
+        let redelivered = self.front.remove(&seq);
         if priority > 0 {
             self.urgent.remove(&(Reverse(priority), seq));
-        } else if seq >= self.next {
+        } else if !redelivered && seq >= self.next {
+            // One from the front may lie far ahead of the cursor after a restart: what is between is still to come.
             self.next = seq.next();
         }
         let consumer = &mut self.consumers[index];
