@@ -201,7 +201,8 @@ impl Topics {
     fn restore_urgent(&mut self, id: SubId, now: Now) {
         let Some(sub) = self.catalog.subs.get_mut(&id) else { return };
         let Some(topic) = self.catalog.topics.get(&sub.topic) else { return };
-        for entry in topic.index.live_from(sub.floor).filter(|e| e.priority > 0) {
+        // What is not durable yet comes when it becomes visible.
+        for entry in topic.index.live_from(sub.floor).filter(|e| e.priority > 0 && e.seq <= topic.visible) {
             sub.push_urgent(entry, now);
         }
     }
