@@ -70,10 +70,11 @@ enum Waiter {
         answer: Option<(ConnId, u64)>,
         remote: Option<(CoreId, u64)>,
     },
-    /// A QoS0 message behind a QoS1 message of its topic.
+    /// A QoS0 message behind a QoS1 message of its topic; or a `copy` of a stored one, for QoS0 subscriptions only.
     Memory {
         topic: TopicId,
         queued: Queued,
+        copy: bool,
     },
     Confirm {
         conn: ConnId,
@@ -369,9 +370,9 @@ impl Topics {
                 release_forward(remote, turn);
                 self.make_visible(topic, seq, priority, turn);
             }
-            Waiter::Memory { topic, queued } => {
+            Waiter::Memory { topic, queued, copy } => {
                 self.waiting_qos0_bytes -= queued.body.0.len();
-                self.enqueue_qos0(topic, queued, turn);
+                self.enqueue_qos0(topic, queued, copy, turn);
             }
             Waiter::Confirm { conn, cid, outcome } => turn.tell(Tell::Confirm { conn, cid, outcome }),
             Waiter::Subscribed { ask, sub, resumed } => self.attach(*ask, sub, resumed, turn),

@@ -77,7 +77,7 @@ impl Topics {
                     let queued = Queued { seq: topic.take_seq(), published: now, expires, body };
                     let (id, behind) = (topic.id, topic.last_end > self.commit.ack_upto());
                     if !behind {
-                        self.enqueue_qos0(id, queued, turn);
+                        self.enqueue_qos0(id, queued, false, turn);
                     } else if self.waiting_qos0_bytes > self.settings.qos0_bytes {
                         let queues = self.catalog.topics.get(&id).map_or(0, |t| t.subs.len() as u64);
                         turn.metrics.queue_in += queues;
@@ -85,7 +85,7 @@ impl Topics {
                     } else {
                         // It must not overtake the stored messages in front of it.
                         self.waiting_qos0_bytes += queued.body.0.len();
-                        self.waiting.push_back((self.log.appended(), Waiter::Memory { topic: id, queued }));
+                        self.waiting.push_back((self.log.appended(), Waiter::Memory { topic: id, queued, copy: false }));
                     }
                 }
             }
@@ -100,13 +100,19 @@ impl Topics {
         release_forward(remote, turn);
     }
 
-    pub(super) fn enqueue_qos0(&mut self, topic_id: TopicId, queued: Queued, turn: &mut Turn) {
+    /// - `copy`: of a stored message, which QoS1 subscriptions get from the log.
+    pub(super) fn enqueue_qos0(&mut self, topic_id: TopicId, queued: Queued, copy: bool, turn: &mut Turn) {
         let Some(topic) = self.catalog.topics.get(&topic_id) else { return };
         // Indices, since a full queue is dispatched in between.
         for i in 0..topic.subs.len() {
             let Some(id) = self.catalog.topics.get(&topic_id).and_then(|t| t.subs.get(i).copied()) else { break };
-            let copy = Queued { body: queued.body.clone(), ..queued };
-            self.push_qos0(id, copy, turn);
+            // A subscription that began while the message waited for the log gets what came after it.
+            let wanted = |s: &subscription::Subscription| {
+                s.start <= queued.seq && (s.qos == Qos::AtMostOnce || !copy)
+            };
+            if self.catalog.subs.get(&id).is_some_and(wanted) {
+                self.push_qos0(id, Queued { body: queued.body.clone(), ..queued }, turn);
+            }
         }
     }
 
@@ -222,7 +228,7 @@ impl Topics {
             let body = make_body(&publish.options, &publish.payload);
             self.waiting_qos0_bytes += body.0.len();
             let queued = Queued { seq, published: now, expires, body };
-            self.waiting.push_back((end, Waiter::Memory { topic: id, queued }));
+            self.waiting.push_back((end, Waiter::Memory { topic: id, queued, copy: true }));
         }
     }
 
