@@ -570,7 +570,8 @@ impl Subscription {
 
     /// A v1 subscriber takes over this orphan: its tags count from 1 again.
     pub fn restart_tags(&mut self, topic: &Topic) {
-        let first = topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(topic.next_seq, |e| e.seq);
+        let stored = topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(topic.next_seq, |e| e.seq);
+        let first = self.qos0.front().map_or(stored, |queued| stored.min(queued.seq));
         self.tag_base = first.0 - 1;
         for touched in self.touched.values_mut() {
             touched.last = None;
