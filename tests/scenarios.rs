@@ -36,7 +36,6 @@ fn every_scenario_holds() {
         let name = file.file_name().expect("a name").to_string_lossy().into_owned();
         for (title, lines) in stories(&text) {
             told += 1;
-            eprintln!("{name}: {title}");
             if let Err(what) = tell(&lines) {
                 let _ = writeln!(failures, "{name}: {title}\n  {what}");
             }

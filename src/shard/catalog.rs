@@ -182,10 +182,13 @@ impl Catalog {
             Kind::Ephemeral | Kind::Orphan { .. } => {}
         }
         topic.attach(id, qos);
-        let mut sub = Subscription::new(id, topic_id, kind, qos, start, topic.stored);
+        let mut sub = Subscription::new(id, topic_id, kind.clone(), qos, start, topic.stored);
         if qos == Qos::AtLeastOnce && start < topic.next_seq {
             // What all others have finished is gone: it counts as finished here too, also after a restart.
-            let live: Vec<Seq> = topic.index.live_from(start).map(|e| e.seq).collect();
+            // A logged subscription may only count on what logged ones keep: replay knows of no others.
+            let keeps = |s: &Subscription, seq| s.wants(seq) && (s.kind.is_logged() || !kind.is_logged());
+            let kept = |e: &&Entry| topic.subs.iter().any(|id| self.subs.get(id).is_some_and(|s| keeps(s, e.seq)));
+            let live: Vec<Seq> = topic.index.live_from(start).filter(kept).map(|e| e.seq).collect();
             let mut gap_from = start;
             for seq in &live {
                 topic.index.add_ref(*seq);
