@@ -233,6 +233,11 @@ impl Record<'_> {
         }
         Ok((decode_checked(record)?, padded))
     }
+
+    /// Reads the record whose `LogRef` names exactly these bytes: its padding is not among them.
+    pub fn decode_one(bytes: &[u8]) -> Result<Record<'_>, RecordError> {
+        decode_checked(checked(bytes)?)
+    }
 }
 
 impl Published<'_> {

@@ -200,7 +200,7 @@ impl Topics {
                 self.read_ahead(entry.at, turn);
                 return;
             };
-            let Ok((Record::Published(published) | Record::Relocated(published), _)) = Record::decode(&bytes) else {
+            let Ok(Record::Published(published) | Record::Relocated(published)) = Record::decode_one(&bytes) else {
                 tracing::error!(
                     slot = slot.0,
                     offset = entry.at.offset,
