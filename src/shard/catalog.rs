@@ -176,6 +176,8 @@ impl Catalog {
         let ids = self.next_ids.entry(id.vshard).or_default();
         ids.sub = ids.sub.max(id.index + 1);
         let Some(topic) = self.topics.get_mut(&topic_id) else { return };
+        // The log knows nothing of QoS0 messages, but this: their numbers are taken.
+        topic.next_seq = topic.next_seq.max(start);
         match &kind {
             Kind::Durable { name } => _ = self.durables.insert((topic_id, name.clone()), id),
             Kind::DeadLetters => _ = self.dead_letters.insert(topic_id, id),
