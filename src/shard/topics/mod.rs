@@ -76,10 +76,10 @@ enum Waiter {
         queued: Queued,
         copy: bool,
     },
-    Confirm {
+    /// The message is in the log already; its first publish may still be on its way there.
+    Duplicate {
         conn: ConnId,
         cid: u64,
-        outcome: Outcome,
     },
     Subscribed {
         ask: Box<AskSubscribe>,
@@ -317,6 +317,13 @@ impl Topics {
     pub fn on_grant(&mut self, grant: Grant, turn: &mut Turn) {
         self.log.grant(grant);
         self.grants_asked = self.grants_asked.saturating_sub(1);
+        // What the log had no room for is tried again.
+        let waits = |s: &&subscription::Subscription| !s.unlogged.is_empty() || !s.dying.is_empty();
+        let mut held: Vec<SubId> = self.catalog.subs.values().filter(waits).map(|s| s.id).collect();
+        held.sort_unstable();
+        for id in held {
+            self.mark(id);
+        }
         self.ask_for_grants(turn);
     }
 
@@ -374,7 +381,10 @@ impl Topics {
                 self.waiting_qos0_bytes -= queued.body.0.len();
                 self.enqueue_qos0(topic, queued, copy, turn);
             }
-            Waiter::Confirm { conn, cid, outcome } => turn.tell(Tell::Confirm { conn, cid, outcome }),
+            Waiter::Duplicate { conn, cid } => {
+                let outcome = Outcome::Duplicate { level: self.commit.level(), position: at };
+                turn.tell(Tell::Confirm { conn, cid, outcome });
+            }
             Waiter::Subscribed { ask, sub, resumed } => self.attach(*ask, sub, resumed, turn),
             Waiter::Ok { conn, cid } => turn.tell(Tell::Ok { conn, cid }),
             Waiter::Relocated { topic, seq, at } => {

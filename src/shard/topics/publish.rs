@@ -160,8 +160,7 @@ impl Topics {
         if publish.identity.as_ref().is_some_and(|identity| topic.dedup.is_duplicate(identity, now, window)) {
             turn.metrics.publishes_duplicate += 1;
             if publish.confirm {
-                let outcome = Outcome::Duplicate { level: self.commit.level(), position: self.log.appended() };
-                let waiter = Waiter::Confirm { conn: publish.conn, cid: publish.cid, outcome };
+                let waiter = Waiter::Duplicate { conn: publish.conn, cid: publish.cid };
                 self.wait(self.log.appended(), waiter, turn);
             }
             return release_forward(remote, turn);
