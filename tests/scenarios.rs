@@ -222,7 +222,13 @@ impl Stage {
                 RequestKind::Unsubscribe { sub, mode }
             }
             "polls" => RequestKind::Poll { sub },
-            "authenticates" => RequestKind::Auth { key: Bytes::copy_from_slice(topic.as_bytes()) },
+            "guesses" => {
+                for _ in 0..topic.parse().expect("a number") {
+                    self.house.request(conn, 3, RequestKind::Auth { key: Bytes::from_static(b"wrong") });
+                }
+                self.house.said.clear();
+                return;
+            }
             "pings" => RequestKind::Ping,
             _ => panic!("no such step"),
         };
