@@ -224,9 +224,9 @@ impl House {
                 last_index: recovered.last_index.clone(),
                 opening: Some(recovered.note()),
             };
-            let mut log = Log::new(config, self.grant(core).expect("every core gets a segment to begin with"));
+            let mut log = Log::new(config, self.grant(core, true).expect("there is always one"));
             for _ in 0..GRANTS_IN_HAND {
-                if let Some(grant) = self.grant(core) {
+                if let Some(grant) = self.grant(core, false) {
                     log.grant(grant);
                 }
             }
@@ -422,9 +422,11 @@ impl House {
 
     // ---- the keeper ---------------------------------------------------------------------------------------------
 
-    fn grant(&mut self, core: CoreId) -> Option<Grant> {
+    /// - `must`: a run cannot begin without, whatever the quota says.
+    fn grant(&mut self, core: CoreId, must: bool) -> Option<Grant> {
         if self.keeper.free() == 0 {
-            let slot = self.keeper.slot_to_make()?;
+            let next = Slot(self.seen.len() as u32);
+            let slot = if must { next } else { self.keeper.slot_to_make()? };
             self.keeper.add_free(slot);
             self.seen.push(vec![0; SEGMENT_SIZE as usize]);
             self.platter.push(vec![0; SEGMENT_SIZE as usize]);
@@ -437,7 +439,7 @@ impl House {
     /// Hands out the segments that are wanted, as far as there are some.
     pub fn serve(&mut self) -> bool {
         while let Some(core) = self.wanted.front().copied() {
-            let Some(grant) = self.grant(core) else {
+            let Some(grant) = self.grant(core, false) else {
                 if !std::mem::replace(&mut self.no_space, true) {
                     self.tell_all(|| FromKeeper::NoSpace { reason: "the disk quota is used up".to_owned() });
                 }
