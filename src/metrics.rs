@@ -440,8 +440,12 @@ core_metrics! {
     wal_batches: u64, "wal_batches_total", Counter, "Writes to the log.";
     wal_padding_bytes: u64, "wal_padding_bytes_total", Counter, "Bytes written only to fill the last block of a batch.";
     wal_syncs: u64, "wal_syncs_total", Counter, "Syncs of the log.";
-    segments_free: u64, "segments_free", Gauge, "Segments ready to be written.";
-    segments_live: u64, "segments_live", Gauge, "Segments that hold something needed.";
+    segments_free: u64, "segments_free", Gauge, "Segments ready to be written, in the whole store.";
+    segments_live: u64, "segments_live", Gauge, "Segments in use, in the whole store.";
+    no_space: u64, "no_space", Gauge, "1 while publishes are refused because the disk or its quota is full.";
+    checkpoints: u64, "checkpoints_total", Counter, "Checkpoints written.";
+    checkpoint_bytes: u64, "checkpoint_bytes", Gauge, "Size of the last checkpoint.";
+    checkpoint_ms: u64, "checkpoint_ms", Gauge, "Milliseconds the last checkpoint took.";
     relocated_bytes: u64, "relocated_bytes_total", Counter,
         "Bytes of live messages moved so that a segment could be freed.";
 

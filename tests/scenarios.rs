@@ -369,7 +369,9 @@ fn subscribe(topic: &str, words: &[&str]) -> Subscribe {
 fn words(client: &mut Client, reply: &Reply) -> Option<String> {
     let asked = |client: &Client, cid: &u64| client.asked.get(cid).cloned().unwrap_or_default();
     Some(match reply {
-        Reply::Welcome { .. } | Reply::Aliased { .. } | Reply::Ok { cid: 2 } | Reply::AckV1 { id: 0, .. } => return None,
+        Reply::Welcome { .. } | Reply::Aliased { .. } | Reply::Ok { cid: 2 } | Reply::AckV1 { id: 0, .. } => {
+            return None;
+        }
         Reply::AckV1 { cid, id } => return subscribed(client, *cid, ClientSub(*id), false, 0),
         Reply::Subscribed { cid, sub, resumed, backlog, .. } => {
             return subscribed(client, *cid, *sub, *resumed, *backlog);
@@ -388,7 +390,8 @@ fn words(client: &mut Client, reply: &Reply) -> Option<String> {
         Reply::Deliver(d) => {
             let topic = client.topics.get(&d.sub).cloned().unwrap_or_default();
             let payload = String::from_utf8_lossy(d.body.payload()).into_owned();
-            let mut text = format!("gets {topic} \"{payload}\" tag={} attempt={} qos{}", d.tag.0, d.attempt, d.qos as u8);
+            let mut text =
+                format!("gets {topic} \"{payload}\" tag={} attempt={} qos{}", d.tag.0, d.attempt, d.qos as u8);
             let _ = write!(text, " cid={}", if d.cid > 100 { asked(client, &d.cid) } else { d.cid.to_string() });
             text.push_str(if d.redelivered { " redelivered" } else { " first" });
             for (_, value) in OptionsReader::new(d.body.options()).filter(|(tag, _)| *tag == HEADER) {

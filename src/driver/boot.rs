@@ -20,6 +20,7 @@ use crate::wal::store::{Store, StoreOptions};
 /// What recovery has read: the state of every virtual shard.
 pub struct Recovery {
     pub store: RecoveredStore,
+    pub took: std::time::Duration,
     catalogs: Vec<Catalog>,
 }
 
@@ -66,7 +67,7 @@ pub fn read_store(store: &Store, config: &Config) -> Result<Recovery, StartError
         catalog.replayed();
     }
     log_recovery(&recovered, &catalogs, began, config);
-    Ok(Recovery { store: recovered, catalogs })
+    Ok(Recovery { store: recovered, took: began.elapsed(), catalogs })
 }
 
 fn log_recovery(store: &RecoveredStore, catalogs: &[Catalog], began: Instant, config: &Config) {
@@ -198,6 +199,9 @@ fn settings(config: &Config, store: &Store, core: CoreId, cores: u16, port: u16)
         unauthenticated_max: usize::try_from(config.net.unauthenticated_max).unwrap_or(usize::MAX),
         connection_bytes: usize::try_from(config.net.connection_bytes.0).unwrap_or(usize::MAX),
         idle_marker: config.storage.idle_marker,
+        #[cfg(feature = "planted-bugs")]
+        confirm_before_durable: std::env::var_os("BLIPMQ_PLANTED_BUG")
+            .is_some_and(|bug| bug == "confirm-before-durable"),
         ports: if config.shards.shard_ports { (0..cores).map(|c| port + 1 + c).collect() } else { Vec::new() },
     }
 }

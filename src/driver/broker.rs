@@ -9,6 +9,7 @@ use glommio::ExecutorJoinHandle;
 
 use crate::access::KeyRing;
 use crate::config::{Loaded, WalSync};
+use crate::driver::StoreNumbers;
 use crate::driver::beat::{Beat, Heart};
 use crate::driver::boot;
 use crate::driver::clock::Clock;
@@ -87,7 +88,17 @@ impl Broker {
         let config = &loaded.config;
         let cores = machine.cpus.len() as u16;
         if loaded.listen.port() != 0 {
-            listener::claim(loaded.listen).map_err(|source| BrokerError::Listen { addr: loaded.listen, source })?;
+            let begun = Instant::now();
+            loop {
+                match listener::claim(loaded.listen) {
+                    Ok(()) => break,
+                    Err(source) if begun.elapsed() > Duration::from_secs(10) => {
+                        return Err(BrokerError::Listen { addr: loaded.listen, source });
+                    }
+                    // The sockets of a killed broker live until the kernel has torn down its rings.
+                    Err(_) => std::thread::sleep(Duration::from_millis(5)),
+                }
+            }
         }
         let store = Arc::new(Store::open(&boot::store_options(config))?);
         let recovery = boot::read_store(&store, config)?;
@@ -98,7 +109,7 @@ impl Broker {
             disk_quota: config.storage.disk_quota.0,
             checkpoint_interval: Duration::from_millis(config.storage.checkpoint_interval_ms),
         };
-        let KeeperHandle { to_keeper, from_keeper, mut grants, thread: keeper, .. } =
+        let KeeperHandle { to_keeper, from_keeper, mut grants, gauges, thread: keeper } =
             Keeper::start(Arc::clone(&store), &recovery.store, keeper_config)?;
         let (listen, listeners) = bind_all(loaded.listen, cores, config.shards.shard_ports)?;
 
@@ -110,6 +121,12 @@ impl Broker {
         let open_conns = Arc::new(AtomicUsize::new(0));
         // With O_DSYNC every write waits for the disk: right for `always`, wasted for the other policies.
         let dsync = config.fsync_policy == FsyncPolicy::Always && config.storage.wal_sync == WalSync::Dsync;
+        let mut numbers = Some(StoreNumbers {
+            truncated: recovery.store.recovered.truncated,
+            recovery_ms: recovery.took.as_millis() as u64,
+            fallbacks: recovery.store.fallbacks,
+            keeper: gauges,
+        });
         let parts = recovery.into_parts(&store, config, cores, &mut grants, keys, listen.port());
         let mut controls = Vec::new();
         let mut executors = Vec::new();
@@ -139,6 +156,7 @@ impl Broker {
                 connections_max: usize::try_from(machine.max_connections).unwrap_or(usize::MAX),
                 user_timeout: Duration::from_millis(config.net.tcp_user_timeout_ms),
                 drain: Duration::from_millis(config.net.drain_ms),
+                store: numbers.take(),
                 control: controlled,
                 reports: report.clone(),
             };

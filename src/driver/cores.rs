@@ -18,7 +18,7 @@ use crate::driver::clock::Clock;
 use crate::driver::conn::Conn;
 use crate::driver::inspect::{Answer, Inquiry, Question};
 use crate::driver::perform::fail_stop;
-use crate::driver::{Core, Counts, add};
+use crate::driver::{Core, Counts, StoreNumbers, add};
 use crate::metrics::{Closed, Refused};
 use crate::net::listener;
 use crate::ring::mesh::Port;
@@ -52,6 +52,8 @@ pub struct Plan {
     pub connections_max: usize,
     pub user_timeout: StdDuration,
     pub drain: StdDuration,
+    /// What is known of the whole store: for the first core, which shows it.
+    pub store: Option<StoreNumbers>,
     pub control: flume::Receiver<Control>,
     pub reports: flume::Sender<(CoreId, Report)>,
 }
@@ -143,6 +145,7 @@ async fn run(plan: Plan) {
         begun: RefCell::default(),
         finished: Cell::new(false),
         counts: Counts::default(),
+        store: plan.store,
     });
     let ticking = core.clone();
     glommio::spawn_local(core.beat.clone().ticks(move || ticking.tick())).detach();

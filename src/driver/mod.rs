@@ -27,7 +27,7 @@ use std::net::TcpStream;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
 
 use rustc_hash::FxHashMap;
@@ -46,7 +46,8 @@ use crate::shard::message::CoreBatch;
 use crate::time::{Duration, Instant};
 use crate::types::{ConnId, CoreId};
 use crate::wal::format::Segment;
-use crate::wal::keeper::ToKeeper;
+use crate::wal::keeper::{KeeperGauges, ToKeeper};
+use crate::wal::record::Discarded;
 use crate::wal::writer::Writer;
 
 /// What the runtime wants done before any thread exists.
@@ -80,6 +81,32 @@ pub struct Core {
     begun: RefCell<Vec<Segment>>,
     finished: Cell<bool>,
     counts: Counts,
+    store: Option<StoreNumbers>,
+}
+
+/// Numbers of the whole store, for the metrics page.
+pub struct StoreNumbers {
+    pub truncated: Discarded,
+    pub recovery_ms: u64,
+    pub fallbacks: u32,
+    pub keeper: Arc<KeeperGauges>,
+}
+
+impl StoreNumbers {
+    fn show(&self, metrics: &mut CoreMetrics) {
+        let read = |number: &AtomicU64| number.load(Ordering::Relaxed);
+        metrics.recovery_truncated_bytes = self.truncated.bytes;
+        metrics.recovery_truncated_records = self.truncated.records;
+        metrics.recovery_truncated_frames = self.truncated.frames;
+        metrics.recovery_ms = self.recovery_ms;
+        metrics.checkpoint_fallbacks = u64::from(self.fallbacks);
+        metrics.segments_live = read(&self.keeper.slots_used);
+        metrics.segments_free = read(&self.keeper.slots).saturating_sub(metrics.segments_live);
+        metrics.no_space = read(&self.keeper.no_space);
+        metrics.checkpoints = read(&self.keeper.checkpoints);
+        metrics.checkpoint_bytes = read(&self.keeper.checkpoint_bytes);
+        metrics.checkpoint_ms = read(&self.keeper.checkpoint_ms);
+    }
 }
 
 /// What the driver counts, rather than the shard.
@@ -225,6 +252,9 @@ impl Core {
         metrics.ring_messages = self.counts.ring_messages.borrow().clone();
         metrics.ring_full = self.counts.ring_full.get();
         metrics.sync_time = self.counts.sync_time.borrow().clone();
+        if let Some(store) = &self.store {
+            store.show(&mut metrics);
+        }
         metrics
     }
 

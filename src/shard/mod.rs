@@ -63,7 +63,6 @@ pub struct Shard {
     metrics: CoreMetrics,
     asks: VecDeque<Ask>,
     tells: VecDeque<Tell>,
-    was_behind: bool,
     draining: bool,
 }
 
@@ -88,7 +87,6 @@ impl Shard {
             metrics: CoreMetrics::default(),
             asks: VecDeque::new(),
             tells: VecDeque::new(),
-            was_behind: false,
             draining: false,
         };
         shard.with_topics(now, effects, |topics, turn| topics.start(turn));
@@ -129,10 +127,6 @@ impl Shard {
                 self.metrics.wal_batches += 1;
                 self.metrics.batch_records.record(u64::from(records));
                 self.with_topics(now, effects, |t, turn| t.on_written(end, records, synced, turn));
-                let me = self.settings.core;
-                if self.was_behind && !self.topics.is_behind() {
-                    self.with_connections(now, effects, |c, desk| c.room_at(me, desk));
-                }
             }
             Event::LogSynced { upto } => self.with_topics(now, effects, |topics, turn| topics.on_synced(upto, turn)),
             Event::BacklogRead { slot, offset, bytes } => {
@@ -142,17 +136,21 @@ impl Shard {
                 FromKeeper::Grant(grant) => topics.on_grant(grant, turn),
                 FromKeeper::TakeSnapshot { force } => topics.take_snapshot(force, turn),
                 FromKeeper::Relocate { slot } => topics.relocate(slot),
-                FromKeeper::NoSpace { reason } => topics.on_no_space(reason),
+                FromKeeper::NoSpace { reason } => topics.on_no_space(reason, turn),
                 FromKeeper::SpaceBack => topics.on_space_back(),
             }),
             Event::Tick => self.on_tick(now, effects),
             Event::Drain => {
                 self.draining = true;
-                self.topics.drain();
+                self.with_topics(now, effects, |topics, turn| topics.drain(turn));
                 self.with_connections(now, effects, |c, desk| c.drain(desk));
             }
         }
-        self.was_behind = self.topics.is_behind();
+        // One by one: each may fill the log again.
+        let me = self.settings.core;
+        while self.connections.wants_room(me) && !self.topics.is_behind() {
+            self.with_connections(now, effects, |c, desk| c.next_waiting(me, desk));
+        }
     }
 
     /// Ends a turn: what the events have changed is delivered and logged. Called once, after the turn's last event.

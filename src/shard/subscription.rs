@@ -56,6 +56,8 @@ pub struct Consumer {
     pub ack_timeout: Duration,
     /// v1: the newest unanswered POLL.
     pub poll: Option<Poll>,
+    /// v1: its POLL waits for the log to be read; until then its connection looks at no further frame.
+    pub unsettled: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -391,6 +393,12 @@ impl Subscription {
         touched.state = State::InFlight { due };
         touched.last = Some(consumer.who);
         let attempt = touched.deliveries;
+        // Two steps forward for each one added: what is acknowledged in time does not pile up until its deadline.
+        for _ in 0..2 {
+            if self.deadlines.front().is_some_and(|(at, seq)| !self.is_in_flight(*seq, *at)) {
+                self.deadlines.pop_front();
+            }
+        }
         if self.deadlines.back().is_none_or(|(last, _)| *last <= due) {
             self.deadlines.push_back((due, seq));
         } else {
@@ -569,8 +577,11 @@ impl Subscription {
     }
 
     /// A v1 subscriber takes over this orphan: its tags count from 1 again.
-    pub fn restart_tags(&mut self, topic: &Topic) {
-        let stored = topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(topic.next_seq, |e| e.seq);
+    ///
+    /// - `pending`: messages of the topic, QoS0 ones too, wait for the log; they come after what is visible.
+    pub fn restart_tags(&mut self, topic: &Topic, pending: bool) {
+        let newest = if pending { topic.visible.next() } else { topic.next_seq };
+        let stored = topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(newest, |e| e.seq);
         let first = self.qos0.front().map_or(stored, |queued| stored.min(queued.seq));
         self.tag_base = first.0 - 1;
         for touched in self.touched.values_mut() {

@@ -259,7 +259,8 @@ pub struct Chosen {
     pub checkpoint: Option<Checkpoint>,
     /// Files that were there and not whole.
     pub fallbacks: u32,
-    /// What the older checkpoint needs, if it is whole too: not to be overwritten before the next checkpoint.
+    /// What the older checkpoint needs, if it is whole too: those slots that recovery calls free and that are named here are not
+    /// to be used before the next checkpoint is whole. (A slot named here and not free is another segment by now.)
     pub held: Vec<Segment>,
 }
 

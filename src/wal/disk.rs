@@ -338,4 +338,59 @@ pub(super) mod tests {
         fs::create_dir_all(&dir).unwrap();
         dir
     }
+
+    #[test]
+    fn a_new_slot_is_zero_and_has_its_name_only_when_it_is_whole() {
+        let dir = scratch("disk-slots");
+        create_slot(&dir, Slot(12_345), 1 << 20, false).unwrap();
+        create_slot(&dir, Slot(3), CHUNK as u32 + 8192, false).unwrap();
+        fs::write(dir.join("slot-0007.tmp"), [1; 100]).unwrap();
+        fs::write(dir.join("notes.txt"), "kept").unwrap();
+        assert_eq!(list_slots(&dir).unwrap(), [Slot(3), Slot(12_345)]);
+        let bytes = fs::read(slot_path(&dir, Slot(3))).unwrap();
+        assert!(bytes.len() == CHUNK + 8192 && bytes.iter().all(|&byte| byte == 0));
+        remove_half_made(&dir).unwrap();
+        assert!(!dir.join("slot-0007.tmp").exists() && dir.join("notes.txt").exists());
+        delete_slot(&dir, Slot(3)).unwrap();
+        assert_eq!(list_slots(&dir).unwrap(), [Slot(12_345)]);
+        // Into a directory that is not there: nothing half-made stays behind.
+        assert!(create_slot(&dir.join("gone"), Slot(1), 4096, false).is_err());
+    }
+
+    #[test]
+    fn a_slot_is_locked_until_the_last_reference_to_its_descriptor_is_gone() {
+        let dir = scratch("disk-lock");
+        create_slot(&dir, Slot(0), 4096, false).unwrap();
+        let writer = open_slot(&dir, Slot(0), false).unwrap();
+        // What the kernel does for a write in flight.
+        let in_flight = writer.try_clone().unwrap();
+        assert!(try_lock(&writer).unwrap());
+        let next = open_slot(&dir, Slot(0), false).unwrap();
+        assert!(!try_lock(&next).unwrap());
+        drop(writer);
+        assert!(!try_lock(&next).unwrap(), "the killed writer's write has not landed");
+        let waiting = std::thread::spawn(move || lock_waiting(&next, Path::new("slot")));
+        drop(in_flight);
+        waiting.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn buffers_are_aligned_and_writable() {
+        for len in [0, BLOCK, CHUNK] {
+            let mut buffer = AlignedBuf::zeroed(len);
+            assert_eq!((buffer.as_slice().as_ptr().align_offset(BLOCK), buffer.as_slice().len()), (0, len));
+            buffer.as_mut_slice().fill(7);
+            assert!(buffer.as_ref().iter().all(|&byte| byte == 7));
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_goes_where_the_one_before_the_last_was() {
+        let dir = scratch("disk-checkpoint");
+        for number in 1..=3u8 {
+            write_checkpoint(&dir, u64::from(number), &[number; 4096]).unwrap();
+        }
+        let [even, odd] = checkpoint_paths(&dir).map(|path| fs::read(path).unwrap()[0]);
+        assert_eq!((even, odd), (2, 3));
+    }
 }

@@ -83,7 +83,7 @@ pub struct CoreSnapshot {
 #[derive(Clone, Debug)]
 pub struct KeeperConfig {
     pub cores: u16,
-    /// Free slots kept; more are deleted.
+    /// Free slots kept when nothing is published; more are deleted.
     pub spare: usize,
     /// Bytes of all slots together; 0: no limit.
     pub disk_quota: u64,
@@ -125,6 +125,15 @@ const INBOX_PER_CORE: usize = 64;
 const OUTBOX: usize = 1_024;
 /// How often a slot is tried for again on a full disk.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
+/// Slots given in this time are likely to be wanted again: so many stay when they come back, instead of being deleted and made
+/// anew, which writes every byte twice.
+const DEMAND_WINDOW: Duration = Duration::from_secs(10);
+/// Made ahead are as many as were given in this time.
+const AHEAD_WINDOW: Duration = Duration::from_secs(1);
+/// And at most so many: a burst must not fill the disk with zeros.
+const AHEAD_MAX: usize = 16;
+/// Times of grants that are remembered.
+const GRANT_TIMES_MAX: usize = 1_024;
 /// The least time from one checkpoint to the next, however urgent.
 const CHECKPOINT_PAUSE: Duration = Duration::from_millis(100);
 /// A checkpoint that took long is followed by a pause this many times as long: writing them must not become the main load.
@@ -160,6 +169,8 @@ pub struct Keeper {
     cores: Vec<Sender<ToCore>>,
     /// Wanted and not yet given, in the order of asking.
     pending: VecDeque<CoreId>,
+    /// When slots were given, the newest last.
+    given: VecDeque<Instant>,
     no_space: bool,
     /// The last checkpoint found no space: nothing can be freed until one does.
     checkpoint_failed: bool,
@@ -212,7 +223,7 @@ impl Keeper {
             )));
         }
         disk::remove_half_made(&store.wal_dir())?;
-        let policy = Policy { segment_size: store.segment_size(), spare: config.spare, slots_max };
+        let policy = Policy { segment_size: store.segment_size(), slots_max };
         let segments = recovered.segments(policy, config.cores);
         let cores = usize::from(config.cores);
         let (to_keeper, inbox) = flume::bounded(INBOX_PER_CORE * (cores + 1));
@@ -226,6 +237,7 @@ impl Keeper {
             segments,
             cores: senders,
             pending: VecDeque::new(),
+            given: VecDeque::new(),
             no_space: false,
             checkpoint_failed: false,
             quota_alarm: false,
@@ -254,19 +266,20 @@ impl Keeper {
         let mut grants = vec![Vec::new(); self.cores.len()];
         // One for everybody before a second for anybody.
         for round in 0..GRANTS_PER_CORE {
-            for core in 0..self.config.cores {
-                match self.grant(CoreId(core)) {
-                    Ok(Some(grant)) => grants[usize::from(core)].push(grant),
-                    Ok(None) if round >= GRANTS_TO_START => self.pending.push_back(CoreId(core)),
-                    Err(error) if round >= GRANTS_TO_START && is_no_space(&error) => {
-                        self.pending.push_back(CoreId(core))
+            for core in (0..self.config.cores).map(CoreId) {
+                let mut granted = self.grant(core);
+                if round < GRANTS_TO_START && matches!(granted, Ok(None)) {
+                    // The quota is used up, and only a broker that runs can free some of it: publishes will be refused.
+                    tracing::warn!(core = core.0, "one segment beyond the disk quota, to be able to start");
+                    granted = self.make_beyond_quota().and_then(|()| self.grant(core));
+                }
+                match granted {
+                    Ok(Some(grant)) => grants[usize::from(core.0)].push(grant),
+                    Err(error) if round < GRANTS_TO_START || !is_no_space(&error) => {
+                        return Err(io_at("make a segment in", &self.store.wal_dir())(error));
                     }
-                    Ok(None) => {
-                        return Err(StoreError::Config(format!(
-                            "disk_quota leaves no segment for core {core}: raise it, or start with fewer cores"
-                        )));
-                    }
-                    Err(error) => return Err(io_at("make a segment in", &self.store.wal_dir())(error)),
+                    // The core will ask.
+                    Ok(None) | Err(_) => {}
                 }
             }
         }
@@ -295,6 +308,10 @@ impl Keeper {
     }
 
     fn wake_at(&self, now: Instant) -> Instant {
+        if self.wants_ahead() {
+            // One at a time, so that whoever asks meanwhile is heard.
+            return now;
+        }
         let retry = self.retry_at.filter(|_| !self.pending.is_empty());
         // While a cycle is under way, its answers wake us.
         let checkpoint = self.cycle.is_none().then_some(self.next_checkpoint);
@@ -325,6 +342,9 @@ impl Keeper {
         if self.cycle.as_ref().is_some_and(|cycle| cycle.answers.iter().all(Option::is_some)) {
             self.finish_cycle();
         }
+        if self.stopped {
+            return true;
+        }
         if self.stop.is_some() && self.cores.iter().any(Sender::is_disconnected) {
             // It will not answer any more: recovery has the log.
             self.end(false);
@@ -333,7 +353,7 @@ impl Keeper {
             let force = self.stop.is_some() || self.first || self.urgent || self.segments.releasable() > 0;
             self.ask_all(force);
         }
-        if self.pending.is_empty() && !self.no_space && self.segments.free() == 0 {
+        if self.wants_ahead() {
             self.make_ahead();
         }
         self.show();
@@ -362,9 +382,19 @@ impl Keeper {
     /// False: the quota forbids another slot.
     fn make(&mut self) -> io::Result<bool> {
         let Some(slot) = self.segments.slot_to_make() else { return Ok(false) };
+        self.make_slot(slot)?;
+        Ok(true)
+    }
+
+    fn make_beyond_quota(&mut self) -> io::Result<()> {
+        let number = self.segments.unused_number();
+        self.make_slot(number.ok_or_else(|| io::Error::other("no slot number is left"))?)
+    }
+
+    fn make_slot(&mut self, slot: Slot) -> io::Result<()> {
         disk::create_slot(&self.store.wal_dir(), slot, self.store.segment_size(), self.store.direct_io())?;
         self.segments.add_free(slot);
-        Ok(true)
+        Ok(())
     }
 
     /// Gives the slots that are wanted, as long as there are some, and keeps the cores informed about space.
@@ -378,6 +408,10 @@ impl Keeper {
                 Ok(Some(grant)) => {
                     self.pending.pop_front();
                     self.retry_at = None;
+                    if self.given.len() == GRANT_TIMES_MAX {
+                        self.given.pop_front();
+                    }
+                    self.given.push_back(Instant::now());
                     self.tell(core, ToCore::Grant(grant));
                 }
                 Ok(None) => {
@@ -430,11 +464,25 @@ impl Keeper {
         self.hurry();
     }
 
+    /// Slots given within `window` before now.
+    fn demand(&self, window: Duration) -> usize {
+        let now = Instant::now();
+        self.given.iter().rev().take_while(|at| now.duration_since(**at) <= window).count()
+    }
+
+    /// Whether one more slot is to be made before anybody asks: always one, more while they go fast.
+    fn wants_ahead(&self) -> bool {
+        let ahead = self.demand(AHEAD_WINDOW).clamp(1, AHEAD_MAX);
+        let may = self.retry_at.is_none_or(|at| Instant::now() >= at);
+        may && self.pending.is_empty()
+            && !self.no_space
+            && self.segments.free() < ahead
+            && self.segments.slot_to_make().is_some()
+            && self.quota_percent() < QUOTA_REJECT
+    }
+
     /// Makes a slot before anybody asks. A full disk is no trouble yet.
     fn make_ahead(&mut self) {
-        if self.quota_percent() >= QUOTA_REJECT || self.retry_at.is_some_and(|at| Instant::now() < at) {
-            return;
-        }
         self.retry_at = None;
         match self.make() {
             Ok(_) => {}
@@ -443,6 +491,17 @@ impl Keeper {
                 self.retry_at = Some(Instant::now() + RETRY_EVERY);
             }
             Err(error) => fail_stop("making a segment", &error),
+        }
+    }
+
+    fn delete_surplus(&mut self) {
+        // While space is short every file is one less that has to be made again.
+        if self.no_space || !self.pending.is_empty() {
+            return;
+        }
+        let keep = self.config.spare.max(self.demand(DEMAND_WINDOW));
+        while let Some(slot) = self.segments.take_surplus(keep) {
+            self.delete(slot);
         }
     }
 
@@ -497,6 +556,8 @@ impl Keeper {
         let Some(mut cycle) = self.cycle.take() else { return };
         let unchanged = |answer: &Option<Answer>| matches!(answer, Some(Answer::Unchanged));
         if cycle.answers.iter().all(unchanged) {
+            // After a burst: what it needed may go.
+            self.delete_surplus();
             self.next_checkpoint = Instant::now() + self.config.checkpoint_interval;
             return;
         }
@@ -604,12 +665,7 @@ impl Keeper {
     /// What a new checkpoint makes possible.
     fn after_checkpoint(&mut self) {
         self.serve();
-        // While space is short every file is one less that has to be made again.
-        if !self.no_space && self.pending.is_empty() {
-            while let Some(slot) = self.segments.take_surplus() {
-                self.delete(slot);
-            }
-        }
+        self.delete_surplus();
         if self.stop.is_none() {
             for (slot, cores) in self.segments.relocations(self.no_space) {
                 for core in cores {
@@ -820,7 +876,6 @@ mod tests {
                 && heard.iter().any(|message| matches!(message, ToCore::Grant(_)))
         });
         assert!(core.stop());
-        assert_eq!(disk::list_slots(&store.wal_dir()).unwrap().len(), 3, "one in use, one granted, one spare");
         handle.thread.join().unwrap();
     }
 

@@ -406,7 +406,8 @@ impl World {
             self.durable.insert(sealed.stream, sealed.end);
         }
         self.segments = recovered.live.clone();
-        self.gone = restart.chosen.held.iter().copied().filter(|held| !recovered.live.contains(held)).collect();
+        let held = restart.chosen.held.iter().copied();
+        self.gone = held.filter(|held| recovered.free.contains(&held.slot)).collect();
         self.segments.extend(&self.gone);
         let used = |slot: &Slot| self.segments.iter().any(|segment| segment.slot == *slot);
         self.pool = recovered.free.iter().copied().filter(|slot| !used(slot)).collect();
@@ -920,7 +921,7 @@ impl World {
             recover(&self.shape, platter, chosen.checkpoint.as_ref(), Mode::Salvage, &mut |entry: Entry<'_>| {
                 let (Some(index), Record::Published(message)) = (entry.index, &entry.record) else { return };
                 let sent = self.sent[usize::from(entry.vshard.0)].get(index as usize - 1);
-                if !sent.is_some_and(|sent| payload(sent.id, sent.len) == message.payload) {
+                if sent.is_none_or(|sent| payload(sent.id, sent.len) != message.payload) {
                     phantom = Some(format!("salvage invents {:?} {index}", entry.vshard));
                 }
             })

@@ -8,13 +8,15 @@
 //! ```
 //!
 //! A checkpoint lists a slot in use while some core still refers to a message in it, or while its frames are not all below
-//! what that checkpoint covers. Recovery may fall back to the older of the two checkpoints, so a slot is free only when
-//! neither of them lists it (DURABILITY 2.6).
+//! what that checkpoint covers; and then all later segments of the same stream, since recovery walks a stream from its first
+//! listed segment to its end and takes a gap for a loss. So streams are freed oldest first, and leftovers at the beginning of
+//! one are worth moving. Recovery may fall back to the older of the two checkpoints: a slot is free only when neither of them
+//! lists it (DURABILITY 2.6).
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::format::Segment;
-use crate::types::{CoreId, Lsn, Slot};
+use crate::types::{CoreId, Lsn, Slot, StreamId};
 
 /// What one core still refers to in one slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -31,7 +33,8 @@ pub struct CoreReport {
     pub covered: Lsn,
     /// Every slot with at least one live message, whichever stream wrote it.
     pub live: Vec<(Slot, Live)>,
-    /// The segments of the core's own stream that have begun; those long freed may still be named.
+    /// The segments of the core's own stream that have begun: at least those since its last report; naming older ones again,
+    /// even freed ones, does no harm.
     pub begun: Vec<Segment>,
 }
 
@@ -54,19 +57,17 @@ enum State {
     },
 }
 
-/// When to move leftovers, and how many free slots to keep.
+/// The bounds of what is decided here.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
     pub segment_size: u32,
-    /// Free slots kept ready; more are deleted.
-    pub spare: usize,
     /// Slots the quota allows in all; `None`: as many as the disk holds.
     pub slots_max: Option<usize>,
 }
 
-/// A slot is worth emptying when at most this share of it is live: moving it writes at most a third of what it frees.
+/// Segments are worth emptying when at most this share of them is live: what is written is a third of what is gained.
 const RELOCATE_PERCENT: u64 = 25;
-/// The same while space is short: writes at most as much as it frees.
+/// The same while space is short: as much is written as is gained.
 const RELOCATE_PERCENT_SHORT: u64 = 50;
 /// Sealed slots below which leftovers may stay: they cost little disk, moving them costs writes.
 const RELOCATE_ABOVE: usize = 4;
@@ -150,11 +151,27 @@ impl Segments {
 
     /// The slots the next checkpoint must list. Valid if every core has reported in this run.
     pub fn to_list(&self) -> Vec<Segment> {
-        let listed = self.slots.values().filter_map(|state| match state {
-            State::InUse { by, .. } if self.is_needed(by) => Some(*by),
-            _ => None,
-        });
-        listed.collect()
+        self.streams().values().flat_map(|segments| self.needed_end(segments)).copied().collect()
+    }
+
+    /// The segments in use, by stream, in order.
+    fn streams(&self) -> BTreeMap<StreamId, Vec<Segment>> {
+        let mut streams: BTreeMap<StreamId, Vec<Segment>> = BTreeMap::new();
+        for state in self.slots.values() {
+            if let State::InUse { by, .. } = state {
+                streams.entry(by.stream).or_default().push(*by);
+            }
+        }
+        for segments in streams.values_mut() {
+            segments.sort_unstable_by_key(|by| by.sequence);
+        }
+        streams
+    }
+
+    /// Of one stream's segments those from the first that is needed on.
+    fn needed_end<'a>(&self, segments: &'a [Segment]) -> &'a [Segment] {
+        let first = segments.iter().position(|by| self.is_needed(by)).unwrap_or(segments.len());
+        &segments[first..]
     }
 
     fn is_needed(&self, by: &Segment) -> bool {
@@ -205,34 +222,47 @@ impl Segments {
     /// Slots whose leftovers are to be moved now, oldest first, and the cores that have some there.
     pub fn relocations(&mut self, space_short: bool) -> Vec<(Slot, Vec<CoreId>)> {
         let percent = if space_short { RELOCATE_PERCENT_SHORT } else { RELOCATE_PERCENT };
-        let sealed = self.slots.values().filter_map(|state| match state {
-            State::InUse { by, .. } if self.is_covered(by) => Some(*by),
-            _ => None,
-        });
-        let mut sealed: Vec<Segment> = sealed.collect();
-        if sealed.len() <= RELOCATE_ABOVE + self.covered.len() && !space_short {
+        let sealed =
+            self.slots.values().filter(|state| matches!(state, State::InUse { by, .. } if self.is_covered(by)));
+        if sealed.count() <= RELOCATE_ABOVE + self.covered.len() && !space_short {
             return Vec::new();
         }
-        sealed.sort_unstable_by_key(|by| (by.stream.incarnation, by.sequence, by.stream.core));
         let mut out = Vec::new();
-        for Segment { slot, .. } in sealed {
-            if self.relocating.len() >= RELOCATIONS_MAX {
-                break;
+        for segments in self.streams().values() {
+            for by in self.worth_moving(segments, percent) {
+                let slot = by.slot;
+                let asked = self.asked.get(&slot).is_some_and(|at| self.checkpoints < at + RELOCATE_AGAIN_AFTER);
+                if self.relocating.len() >= RELOCATIONS_MAX {
+                    return out;
+                }
+                if self.live_in(slot).records == 0 || asked {
+                    continue;
+                }
+                let cores: Vec<CoreId> = (0u16..)
+                    .zip(&self.live)
+                    .filter_map(|(core, live)| live.contains_key(&slot).then_some(CoreId(core)))
+                    .collect();
+                self.relocating.insert(slot, cores.iter().copied().collect());
+                self.asked.insert(slot, self.checkpoints);
+                out.push((slot, cores));
             }
-            let live = self.live_in(slot);
-            let asked = self.asked.get(&slot).is_some_and(|at| self.checkpoints < at + RELOCATE_AGAIN_AFTER);
-            if live.records == 0 || live.bytes * 100 > u64::from(self.policy.segment_size) * percent || asked {
-                continue;
-            }
-            let cores: Vec<CoreId> = (0u16..)
-                .zip(&self.live)
-                .filter_map(|(core, live)| live.contains_key(&slot).then_some(CoreId(core)))
-                .collect();
-            self.relocating.insert(slot, cores.iter().copied().collect());
-            self.asked.insert(slot, self.checkpoints);
-            out.push((slot, cores));
         }
         out
+    }
+
+    /// The longest beginning of what is left of a stream that frees at least four times (twice, if space is short) the bytes
+    /// that moving its messages writes. Empty segments behind the messages count: they wait for them.
+    fn worth_moving<'a>(&self, segments: &'a [Segment], percent: u64) -> &'a [Segment] {
+        let left = self.needed_end(segments);
+        let (mut live, mut frees, mut worth) = (0, 0, 0);
+        for (nth, by) in left.iter().enumerate().take_while(|(_, by)| self.is_covered(by)) {
+            live += self.live_in(by.slot).bytes;
+            frees += u64::from(self.policy.segment_size);
+            if live * 100 <= frees * percent {
+                worth = nth + 1;
+            }
+        }
+        &left[..worth]
     }
 
     /// A core has moved what it could. Its next snapshot says what is left.
@@ -247,18 +277,21 @@ impl Segments {
 
     /// A number no slot has, if the quota lets another one be made.
     pub fn slot_to_make(&self) -> Option<Slot> {
-        if self.policy.slots_max.is_some_and(|max| self.slots.len() >= max) {
-            return None;
-        }
+        let full = self.policy.slots_max.is_some_and(|max| self.slots.len() >= max);
+        if full { None } else { self.unused_number() }
+    }
+
+    /// A number no slot has, whatever the quota says.
+    pub fn unused_number(&self) -> Option<Slot> {
         (0..).map(Slot).find(|slot| !self.slots.contains_key(slot))
     }
 
-    /// A free slot beyond the spare ones, the highest number first; it is forgotten here and to be deleted.
-    pub fn take_surplus(&mut self) -> Option<Slot> {
-        if self.free() > self.policy.spare { self.take_free() } else { None }
+    /// A free slot, the highest number first, if there are more than `keep`; it is forgotten here and to be deleted.
+    pub fn take_surplus(&mut self, keep: usize) -> Option<Slot> {
+        if self.free() > keep { self.take_free() } else { None }
     }
 
-    /// The same, spare or not.
+    /// The same, however few there are.
     pub fn take_free(&mut self) -> Option<Slot> {
         let (&slot, _) = self.slots.iter().rev().find(|(_, state)| **state == State::Free)?;
         self.slots.remove(&slot);
@@ -282,22 +315,17 @@ impl Segments {
 
     /// Slots in use that only wait for the next checkpoint or two.
     pub fn releasable(&self) -> usize {
-        let waits = |state: &&State| match state {
-            State::InUse { by, .. } => !self.is_needed(by),
-            State::Unknown { .. } => true,
-            State::Free | State::Granted { .. } => false,
-        };
-        self.slots.values().filter(waits).count()
+        let waits = |state: &&State| matches!(state, State::InUse { .. } | State::Unknown { .. });
+        self.slots.values().filter(waits).count() - self.to_list().len()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::StreamId;
 
     const SIZE: u64 = 1 << 20;
-    const POLICY: Policy = Policy { segment_size: SIZE as u32, spare: 2, slots_max: None };
+    const POLICY: Policy = Policy { segment_size: SIZE as u32, slots_max: None };
 
     fn segments(cores: u16) -> Segments {
         Segments::new(POLICY, 7, cores)
@@ -376,25 +404,44 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_is_freed_from_its_beginning() {
+        let mut segments = segments(1);
+        for n in 0..4u32 {
+            segments.add_recovered(old(n, u64::from(n)));
+        }
+        let listed = |segments: &Segments| segments.to_list().iter().map(|by| by.sequence).collect::<Vec<u64>>();
+        segments.report(report(0, 0, &[(1, 1, 10)], &[]));
+        // 2 and 3 are empty, but recovery would walk from 1 to the stream's end.
+        assert_eq!((listed(&segments), segments.releasable()), (vec![1, 2, 3], 1));
+        segments.report(report(0, 0, &[(3, 1, 10)], &[]));
+        assert_eq!(listed(&segments), [3]);
+        segments.report(report(0, 0, &[], &[]));
+        assert!(listed(&segments).is_empty());
+    }
+
+    #[test]
     fn leftovers_are_moved_oldest_first_and_only_when_it_pays() {
         let mut segments = segments(1);
         let quarter = SIZE / 4;
         for n in 0..8u32 {
             segments.add_recovered(old(n, u64::from(7 - n)));
         }
-        // 0 is the youngest, 7 the oldest; 6 is too full; 5 is empty.
-        let live = [(0, 1, 10), (1, 1, 10), (2, 1, 10), (3, 1, 10), (4, 1, 10), (6, 9, quarter + 1), (7, 1, quarter)];
+        let moves = |segments: &mut Segments, short| {
+            segments.relocations(short).into_iter().map(|(slot, _)| slot.0).collect::<Vec<u32>>()
+        };
+        // 7 is the oldest, 0 the youngest. 6 alone is too full, the empty 5 behind it makes up for that; 3 and 2 do not pay.
+        let live =
+            [(7, 1, quarter), (6, 9, quarter * 3 / 2), (4, 1, quarter), (3, 1, SIZE / 2), (2, 1, SIZE), (0, 1, SIZE)];
         segments.report(report(0, 0, &live, &[]));
-        let moves: Vec<Slot> = segments.relocations(false).into_iter().map(|(slot, _)| slot).collect();
-        assert_eq!(moves, [Slot(7), Slot(4)]);
-        assert!(segments.relocations(false).is_empty(), "two at a time");
+        assert_eq!(moves(&mut segments, false), [7, 6]);
+        assert!(moves(&mut segments, false).is_empty(), "two at a time");
         segments.relocated(CoreId(0), Slot(7));
         // 7 could not be emptied: it is not asked for again at once.
-        let moves: Vec<Slot> = segments.relocations(false).into_iter().map(|(slot, _)| slot).collect();
-        assert_eq!(moves, [Slot(3)]);
+        assert_eq!(moves(&mut segments, false), [4]);
+        segments.relocated(CoreId(0), Slot(6));
         segments.relocated(CoreId(0), Slot(4));
-        let moves: Vec<Slot> = segments.relocations(true).into_iter().map(|(slot, _)| slot).collect();
-        assert_eq!(moves, [Slot(6)], "half full is worth it when space is short");
+        assert!(moves(&mut segments, false).is_empty());
+        assert_eq!(moves(&mut segments, true), [3, 2], "what is half full is worth it when space is short");
     }
 
     #[test]
@@ -417,9 +464,9 @@ mod tests {
             segments.add_free(Slot(n));
         }
         assert_eq!(segments.slot_to_make(), None);
-        assert_eq!(segments.take_surplus(), Some(Slot(3)));
-        assert_eq!(segments.take_surplus(), Some(Slot(2)));
-        assert_eq!(segments.take_surplus(), None);
+        assert_eq!(segments.take_surplus(2), Some(Slot(3)));
+        assert_eq!(segments.take_surplus(2), Some(Slot(2)));
+        assert_eq!(segments.take_surplus(2), None);
         assert_eq!(segments.slot_to_make(), Some(Slot(2)));
     }
 

@@ -534,4 +534,18 @@ pub(super) mod tests {
         fs::write(dir.join("wal/slot-0000.seg"), [1; 10]).unwrap();
         assert_eq!(Store::open(&options(dir)).unwrap_err().exit_code(), 65);
     }
+
+    #[test]
+    fn memory_is_no_disk() {
+        let shm = Path::new("/dev/shm");
+        if !shm.is_dir() || has_direct_io(shm).unwrap().is_ok() {
+            return; // no tmpfs here to be refused
+        }
+        let dir = shm.join(format!("blipmq-test-{}", std::process::id()));
+        let refused = Store::open(&StoreOptions { allow_buffered_io: false, ..options(dir.clone()) }).unwrap_err();
+        let allowed = Store::open(&options(dir.clone())).unwrap().direct_io();
+        fs::remove_dir_all(dir).unwrap();
+        assert_eq!((refused.exit_code(), allowed), (78, false));
+        assert!(refused.to_string().contains("tmpfs"), "{refused}");
+    }
 }

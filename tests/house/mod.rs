@@ -230,9 +230,8 @@ impl House {
                     log.grant(grant);
                 }
             }
-            let entry = |key: &[u8]| {
-                KeyEntry::unrestricted(KeyDigest::of(key), String::from_utf8_lossy(key).into_owned())
-            };
+            let entry =
+                |key: &[u8]| KeyEntry::unrestricted(KeyDigest::of(key), String::from_utf8_lossy(key).into_owned());
             let parts = Parts {
                 settings: Settings { core, cores, ..self.plan.settings.clone() },
                 keys: KeyRing::new(vec![entry(KEY), entry(b"other")]),
@@ -384,10 +383,7 @@ impl House {
         } else {
             core.unsynced.push(write.clone());
         }
-        self.event(
-            number,
-            Event::LogWritten { end: write.end, records: write.records, synced: self.plan.dsync },
-        );
+        self.event(number, Event::LogWritten { end: write.end, records: write.records, synced: self.plan.dsync });
         Some(write)
     }
 
@@ -571,5 +567,5 @@ fn lay_down(slots: &mut [Vec<u8>], write: &Write) {
 }
 
 fn policy(slots_max: Option<usize>) -> Policy {
-    Policy { segment_size: SEGMENT_SIZE, spare: 2, slots_max }
+    Policy { segment_size: SEGMENT_SIZE, slots_max }
 }

@@ -8,6 +8,7 @@ use std::process::{self, Child, Command, ExitStatus, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use super::lab::{Ended, program, run, scratch};
 use super::{Client, PATIENCE, eventually};
 
 /// The key that may log in, unless a test sets another.
@@ -40,11 +41,17 @@ impl Broker {
 
     /// - `env`: settings, as environment variables; they win over those all tests use.
     pub fn start(env: &[(&str, &str)]) -> Broker {
+        Broker::start_over(env, |_| ())
+    }
+
+    /// The same over what `prepare` puts into the directory that will hold the store as `store`.
+    pub fn start_over(env: &[(&str, &str)], prepare: impl FnOnce(&Path)) -> Broker {
         static SERIAL: AtomicU32 = AtomicU32::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("broker-{}-{serial}", process::id()));
+        let dir = scratch().join(format!("broker-{}-{serial}", process::id()));
         let dir = Dir(dir);
         fs::create_dir_all(&dir.0).expect("a directory for the store");
+        prepare(&dir.0);
         let env: Vec<_> = env.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
         let (process, port, metrics_port) = spawn_until_ready(&dir.0, &env);
         Broker { process, dir, env, port, metrics_port }
@@ -52,7 +59,7 @@ impl Broker {
 
     /// `blipmqd --check-config` with these settings.
     pub fn check_config(env: &[(&str, &str)]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_blipmqd"));
+        let mut command = Command::new(program("blipmqd"));
         command.arg("--check-config").env_clear().envs(env.iter().copied());
         command.output().expect("blipmqd runs")
     }
@@ -76,6 +83,35 @@ impl Broker {
         client
     }
 
+    /// Changes a setting for the next `restart`.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.env.retain(|(known, _)| known != name);
+        self.env.push((name.to_owned(), value.to_owned()));
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.0.id()
+    }
+
+    /// The port for clients.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn metrics_port(&self) -> u16 {
+        self.metrics_port
+    }
+
+    /// What the broker has said since its last start.
+    pub fn log(&self) -> String {
+        log(&self.dir.0)
+    }
+
+    /// The directory that holds the store and the log; gone with the broker.
+    pub fn dir(&self) -> &Path {
+        &self.dir.0
+    }
+
     /// The store's directory.
     pub fn store(&self) -> PathBuf {
         self.dir.0.join("store")
@@ -93,10 +129,39 @@ impl Broker {
 
     /// Sends `signal` (`TERM`, `INT`) and waits for the end.
     pub fn stop(&mut self, signal: &str) -> ExitStatus {
-        let pid = self.process.0.id().to_string();
-        let sent = Command::new("kill").args(["-s", signal, &pid]).status().expect("kill runs");
+        self.signal(signal);
+        self.wait()
+    }
+
+    /// Sends `signal` and does not wait.
+    pub fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").args(["-s", signal, &self.pid().to_string()]).status().expect("kill runs");
         assert!(sent.success());
+    }
+
+    /// Waits for the end of the process.
+    pub fn wait(&mut self) -> ExitStatus {
         eventually("the broker to stop", || self.process.0.try_wait().expect("a process of ours"))
+    }
+
+    /// A start over this broker's store that must not succeed.
+    pub fn restart_refused(&self) -> Ended {
+        let (port, metrics_port) = free_ports();
+        let ended = run(&mut command(&self.dir.0, &self.env, port, metrics_port));
+        assert_ne!(ended.code, Some(0), "{}", ended.said);
+        ended
+    }
+
+    /// The sum over all cores of a number on the metrics page.
+    pub fn metric(&self, name: &str) -> u64 {
+        let (_, text) = self.http("GET", "/metrics");
+        let values = text.lines().filter_map(|line| {
+            let (series, value) = line.rsplit_once(' ')?;
+            (series.split('{').next() == Some(name)).then(|| value.parse::<f64>().expect("a number"))
+        });
+        let values: Vec<f64> = values.collect();
+        assert!(!values.is_empty(), "{name} in\n{text}");
+        values.iter().sum::<f64>() as u64
     }
 
     /// One request to the HTTP port: status and body.
@@ -152,26 +217,16 @@ fn spawn_until_ready(dir: &Path, env: &[(String, String)]) -> (Process, u16, u16
     for _ in 0..START_ATTEMPTS {
         let (port, metrics_port) = free_ports();
         let log = File::create(dir.join("log")).expect("a log file");
-        let child = Command::new(env!("CARGO_BIN_EXE_blipmqd"))
-            .env_clear()
-            .env("RUST_BACKTRACE", "1")
-            .env("BLIPMQ_PORT", port.to_string())
-            .env("BLIPMQ_METRICS_PORT", metrics_port.to_string())
-            .env("BLIPMQ_WAL_PATH", dir.join("store"))
-            .env("BLIPMQ_ALLOWED_API_KEYS", KEY)
-            .env("BLIPMQ_STORAGE_SEGMENT_SIZE", "32MiB")
-            .env("BLIPMQ_DELIVERY_POLL_PARK_MS", "600000")
-            .envs(env.iter().map(|(name, value)| (name, value)))
-            .stdin(process::Stdio::null())
+        let child = command(dir, env, port, metrics_port)
             .stdout(log.try_clone().expect("a file"))
             .stderr(log)
             .spawn()
             .expect("blipmqd starts");
         let mut process = Process(child);
-        // The port opens when recovery is through.
+        // The HTTP port opens last, when clients are served.
         let ready = eventually("the broker to open its port", || {
             let ended = process.0.try_wait().expect("a process of ours").is_some();
-            let open = TcpStream::connect(("127.0.0.1", port)).is_ok();
+            let open = TcpStream::connect(("127.0.0.1", metrics_port)).is_ok();
             (ended || open).then_some(!ended)
         });
         if ready {
@@ -181,8 +236,26 @@ fn spawn_until_ready(dir: &Path, env: &[(String, String)]) -> (Process, u16, u16
     panic!("blipmqd does not start:\n{}", log(dir));
 }
 
+fn command(dir: &Path, env: &[(String, String)], port: u16, metrics_port: u16) -> Command {
+    let mut command = Command::new(program("blipmqd"));
+    command
+        .env_clear()
+        .env("RUST_BACKTRACE", "1")
+        .env("BLIPMQ_PORT", port.to_string())
+        .env("BLIPMQ_METRICS_PORT", metrics_port.to_string())
+        .env("BLIPMQ_WAL_PATH", dir.join("store"))
+        .env("BLIPMQ_ALLOWED_API_KEYS", KEY)
+        // Two, so that a topic may live on its client's core or on another.
+        .env("BLIPMQ_SHARDS_COUNT", "2")
+        .env("BLIPMQ_STORAGE_SEGMENT_SIZE", "32MiB")
+        .env("BLIPMQ_DELIVERY_POLL_PARK_MS", "600000")
+        .envs(env.iter().map(|(name, value)| (name, value)))
+        .stdin(process::Stdio::null());
+    command
+}
+
 /// Two ports nobody uses at this moment.
-fn free_ports() -> (u16, u16) {
+pub fn free_ports() -> (u16, u16) {
     let listen = || TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
     let port = |listener: &TcpListener| listener.local_addr().expect("bound").port();
     let (first, second) = (listen(), listen());

@@ -1,15 +1,18 @@
 //! A small blocking client for both dialects. It never waits for silence: a PING after the request, and the PONG as
 //! the next frame, show that nothing came before.
 
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 
-use super::PATIENCE;
+use super::{PATIENCE, Said};
 
 /// One connection.
 pub struct Client {
     stream: TcpStream,
     unread: Vec<u8>,
+    /// Read and not yet asked for, of a v2 frame that says several things.
+    pub(super) heard: VecDeque<Said>,
     cid: u64,
 }
 
@@ -34,7 +37,7 @@ impl Client {
         stream.set_nodelay(true).expect("a socket");
         stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
         stream.set_write_timeout(Some(PATIENCE)).expect("a socket");
-        Client { stream, unread: Vec::new(), cid: 1_000_000 }
+        Client { stream, unread: Vec::new(), heard: VecDeque::new(), cid: 1_000_000 }
     }
 
     pub fn send_raw(&mut self, bytes: &[u8]) {
@@ -59,6 +62,24 @@ impl Client {
         let rest = self.recv_raw(len as usize);
         let cid = u64::from_be_bytes(rest[1..9].try_into().expect("eight"));
         Frame { frame_type: rest[0], cid, payload: rest[9..].to_vec() }
+    }
+
+    /// `None`: the broker has hung up.
+    pub fn try_recv(&mut self) -> Option<Frame> {
+        loop {
+            let len = self.unread.first_chunk().map(|len| u32::from_be_bytes(*len) as usize);
+            if len.is_some_and(|len| self.unread.len() >= 4 + len) {
+                return Some(self.recv());
+            }
+            if !self.read_some() {
+                return None;
+            }
+        }
+    }
+
+    /// `false`: the broker has hung up.
+    pub fn try_send(&mut self, bytes: &[u8]) -> bool {
+        self.stream.write_all(bytes).is_ok()
     }
 
     pub fn expect(&mut self, frame_type: u8, cid: u64, payload: &[u8]) {

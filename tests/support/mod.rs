@@ -2,9 +2,15 @@
 
 mod broker;
 mod client;
+mod lab;
+mod v2;
 
-pub use broker::{Broker, KEY};
-pub use client::{Client, Delivery, frame, hex, string};
+pub use broker::{Broker, KEY, free_ports};
+pub use client::{Client, Delivery, Frame, frame, hex, string};
+pub use lab::{
+    Ended, blipmq, disk_bytes, flip_byte, open_files, program, rss_kib, run, scratch, slot_path, store_bytes,
+};
+pub use v2::Said;
 
 use std::time::{Duration, Instant};
 

@@ -9,15 +9,32 @@ impl Topics {
             consumer.poll = Some(Poll { cid, lapses });
         }
         self.look_after(id, turn);
-        let parking = self.settings.poll_park != Duration::ZERO;
-        if !parking
-            && let Some(sub) = self.catalog.subs.get_mut(&id)
-            && !sub.reading
-            && let Some(consumer) = sub.consumer_mut(who)
-        {
-            consumer.poll = None;
+        let reading = self.catalog.subs.get(&id).is_some_and(|sub| sub.reading);
+        match self.catalog.subs.get_mut(&id).and_then(|s| s.consumer_mut(who)) {
+            // There is a message for it; the next POLL must not take this one's place.
+            Some(consumer) if reading && consumer.poll.is_some() => consumer.unsettled = true,
+            _ => self.settle_poll(id, who, turn),
+        }
+    }
+
+    /// A POLL is answered, or parked if that is wanted: its connection goes on.
+    fn settle_poll(&mut self, id: SubId, who: Consumer, turn: &mut Turn) {
+        if let Some(consumer) = self.catalog.subs.get_mut(&id).and_then(|s| s.consumer_mut(who)) {
+            consumer.unsettled = false;
+            if self.settings.poll_park == Duration::ZERO {
+                consumer.poll = None;
+            }
         }
         turn.tell(Tell::Settled { conn: who.conn });
+    }
+
+    /// What was to be read has been.
+    pub(super) fn settle_polls(&mut self, id: SubId, turn: &mut Turn) {
+        let Some(sub) = self.catalog.subs.get(&id).filter(|sub| !sub.reading) else { return };
+        let unsettled: Vec<Consumer> = sub.consumers.iter().filter(|c| c.unsettled).map(|c| c.who).collect();
+        for who in unsettled {
+            self.settle_poll(id, who, turn);
+        }
     }
 
     pub(super) fn on_ack(&mut self, who: Consumer, id: SubId, tags: &TagRanges, answer: AckAnswer, turn: &mut Turn) {

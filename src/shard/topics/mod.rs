@@ -70,11 +70,11 @@ enum Waiter {
         answer: Option<(ConnId, u64)>,
         remote: Option<(CoreId, u64)>,
     },
-    /// A QoS0 message behind a QoS1 message of its topic; or a `copy` of a stored one, for QoS0 subscriptions only.
+    /// A QoS0 message behind a QoS1 message of its topic; or a QoS1 message, for the topic's QoS0 subscriptions.
     Memory {
         topic: TopicId,
         queued: Queued,
-        copy: bool,
+        audience: Audience,
     },
     /// The message is in the log already; its first publish may still be on its way there.
     Duplicate {
@@ -97,6 +97,23 @@ enum Waiter {
     },
 }
 
+/// A write under way.
+#[derive(Debug)]
+struct Writing {
+    slot: Slot,
+    /// Offset behind it.
+    upto: u32,
+    new_segment: bool,
+}
+
+/// Which subscriptions of a topic get a message from memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Audience {
+    All,
+    /// Those of QoS1 get it from the log.
+    AtMostOnce,
+}
+
 /// Live messages of one slot on their way to the log's end.
 #[derive(Debug)]
 struct Relocation {
@@ -117,7 +134,7 @@ pub struct Topics {
     /// How far each slot of this run's stream is written: nothing behind it may be read.
     segment_size: u32,
     written: FxHashMap<Slot, u32>,
-    writing: VecDeque<(Slot, u32)>,
+    writing: VecDeque<Writing>,
     /// Backlog reads under way, and who waits for each.
     reads: FxHashMap<(Slot, u32), Vec<SubId>>,
     reads_waiting: VecDeque<SubId>,
@@ -125,7 +142,12 @@ pub struct Topics {
     dirty: Vec<SubId>,
     ack_answers: Vec<(SubId, ConnId, u64)>,
     no_space: Option<String>,
+    /// Publishes that wait for a segment, and what came behind them. While there are some the core counts as behind, so that
+    /// no more are read: what is here was accepted before, and is bounded by that.
+    parked: VecDeque<(Option<CoreId>, AskPublish)>,
     draining: bool,
+    /// The log has its last frame: nothing may follow it.
+    finished: bool,
     grants_asked: usize,
     snapshot: Option<Snapshot>,
     force_sync: Option<Lsn>,
@@ -160,7 +182,9 @@ impl Topics {
             dirty: Vec::new(),
             ack_answers: Vec::new(),
             no_space: None,
+            parked: VecDeque::new(),
             draining: false,
+            finished: false,
             grants_asked: 0,
             snapshot: None,
             force_sync: None,
@@ -214,7 +238,8 @@ impl Topics {
     pub fn next_write(&mut self, now: WallMs) -> Option<Write> {
         let write = self.log.next_write(self.commit.durable(), now)?;
         self.cache.add_tail(write.slot, write.offset, write.bytes.clone());
-        self.writing.push_back((write.slot, write.offset + write.bytes.len() as u32));
+        let upto = write.offset + write.bytes.len() as u32;
+        self.writing.push_back(Writing { slot: write.slot, upto, new_segment: write.new_segment });
         Some(write)
     }
 
@@ -225,13 +250,15 @@ impl Topics {
     }
 
     pub fn on_written(&mut self, end: Lsn, records: u32, synced: bool, turn: &mut Turn) {
-        if let Some((slot, upto)) = self.writing.pop_front() {
-            self.written.insert(slot, upto);
+        let writing = self.writing.pop_front();
+        if let Some(writing) = &writing {
+            self.written.insert(writing.slot, writing.upto);
         }
         self.commit.on_written(end, records, turn.now.mono);
         if synced {
             self.commit.on_synced(end, turn.now.mono);
-        } else if self.force_sync.is_some() {
+        } else if self.force_sync.is_some() || writing.is_some_and(|w| w.new_segment) {
+            // A segment that is full is synced, whatever the policy: the window of loss is never more than two.
             self.commit.request_sync();
         }
         while let Some((at, bytes)) = self.durable_bytes_at.front().copied() {
@@ -263,7 +290,7 @@ impl Topics {
 
     /// Time has passed: acknowledgements that were held back, the marker of an idle log.
     pub fn on_tick(&mut self, turn: &mut Turn) {
-        if self.settings.idle_marker && self.commit.marker_wanted(turn.now.mono) {
+        if !self.finished && self.settings.idle_marker && self.commit.marker_wanted(turn.now.mono) {
             self.marker();
         }
         self.advance(turn);
@@ -285,15 +312,16 @@ impl Topics {
 
     /// The last frame of an orderly stop.
     pub fn finish_log(&mut self) {
+        self.finished = true;
         if self.log.clean().is_err() {
             tracing::warn!("no room for the log's last frame: the next start will look for a torn tail");
         }
         self.force_sync();
     }
 
-    /// Publishers have to wait: the disk is behind.
+    /// Publishers have to wait: the disk is behind, or the keeper.
     pub fn is_behind(&self) -> bool {
-        self.in_flight_bytes > limits::LOG_BYTES_IN_FLIGHT_MAX as u64
+        !self.parked.is_empty() || self.in_flight_bytes > limits::LOG_BYTES_IN_FLIGHT_MAX as u64
     }
 
     fn append(
@@ -324,6 +352,7 @@ impl Topics {
         for id in held {
             self.mark(id);
         }
+        self.take_parked(turn);
         self.ask_for_grants(turn);
     }
 
@@ -335,21 +364,25 @@ impl Topics {
         }
     }
 
-    pub fn on_no_space(&mut self, reason: String) {
+    pub fn on_no_space(&mut self, reason: String, turn: &mut Turn) {
         self.no_space = Some(reason);
+        self.take_parked(turn);
     }
 
     pub fn on_space_back(&mut self) {
         self.no_space = None;
     }
 
-    pub fn drain(&mut self) {
+    pub fn drain(&mut self, turn: &mut Turn) {
         self.draining = true;
+        self.take_parked(turn);
     }
 
     /// What the policy allows to be known leaves here: confirms, deliveries, answers.
     fn advance(&mut self, turn: &mut Turn) {
         let upto = self.commit.ack_upto();
+        #[cfg(feature = "planted-bugs")]
+        let upto = if self.settings.confirm_before_durable { self.log.appended() } else { upto };
         while self.waiting.front().is_some_and(|(at, _)| *at <= upto) {
             let Some((at, waiter)) = self.waiting.pop_front() else { break };
             self.let_go(at, waiter, turn);
@@ -377,9 +410,9 @@ impl Topics {
                 release_forward(remote, turn);
                 self.make_visible(topic, seq, priority, turn);
             }
-            Waiter::Memory { topic, queued, copy } => {
+            Waiter::Memory { topic, queued, audience } => {
                 self.waiting_qos0_bytes -= queued.body.0.len();
-                self.enqueue_qos0(topic, queued, copy, turn);
+                self.enqueue_qos0(topic, queued, audience, turn);
             }
             Waiter::Duplicate { conn, cid } => {
                 let outcome = Outcome::Duplicate { level: self.commit.level(), position: at };

@@ -2,18 +2,55 @@
 
 use super::*;
 
+/// What a v1 delivery has besides topic and message: type, correlation id, QoS, the topic's length. A publish by alias does
+/// not carry the name, so it can be longer than any frame that delivers it.
+const V1_DELIVERY_HEADER: usize = 12;
+/// A v2 client accepts DELIVER frames longer than others by 64 KiB: enough for the header and all options, the dead letter's
+/// included.
+const _: () = assert!(limits::OPTIONS_LEN_MAX + 64 < 64 * 1024);
+
 impl Topics {
     pub(super) fn on_publish(&mut self, from: Option<CoreId>, publish: AskPublish, turn: &mut Turn) {
         turn.metrics.publishes_received.add(publish.qos, 1);
+        if !self.parked.is_empty() && !self.draining {
+            return self.parked.push_back((from, publish)); // behind those that came before it
+        }
+        if let Err(publish) = self.take(from, publish, turn) {
+            self.parked.push_back((from, publish));
+        }
+    }
+
+    /// Stores or refuses a publish. `Err`: there is no segment for it yet, but there will be one.
+    fn take(&mut self, from: Option<CoreId>, publish: AskPublish, turn: &mut Turn) -> Result<(), AskPublish> {
         let remote = from.map(|core| (core, publish.weight() as u64));
         if self.draining {
-            let text = Bytes::from_static(b"log corruption: write-ahead log not available: broker shutting down");
-            self.refuse(&publish, code::SHUTTING_DOWN, text, remote, turn);
-            return;
+            let text = match publish.version {
+                Version::V1 => &b"log corruption: write-ahead log not available: broker shutting down"[..], // V1 B12
+                Version::V2 => b"the broker is shutting down",
+            };
+            self.refuse(&publish, code::SHUTTING_DOWN, Bytes::from_static(text), remote, turn);
+            return Ok(());
+        }
+        if V1_DELIVERY_HEADER + publish.topic.len() + publish.payload.len() > limits::FRAME_LEN_MAX as usize {
+            let text = Bytes::from_static(b"message too large: no frame could deliver it with its topic's name");
+            self.refuse(&publish, code::TOO_LARGE, text, remote, turn);
+            return Ok(());
         }
         match publish.qos {
-            Qos::AtMostOnce => self.publish_memory(publish, remote, turn),
+            Qos::AtMostOnce => {
+                self.publish_memory(publish, remote, turn);
+                Ok(())
+            }
             Qos::AtLeastOnce => self.publish_stored(publish, remote, turn),
+        }
+    }
+
+    /// Something has changed for the publishes that waited for a segment: they are taken in order, as far as there is room.
+    pub(super) fn take_parked(&mut self, turn: &mut Turn) {
+        while let Some((from, publish)) = self.parked.pop_front() {
+            if let Err(publish) = self.take(from, publish, turn) {
+                return self.parked.push_front((from, publish));
+            }
         }
     }
 
@@ -77,7 +114,7 @@ impl Topics {
                     let queued = Queued { seq: topic.take_seq(), published: now, expires, body };
                     let (id, behind) = (topic.id, topic.last_end > self.commit.ack_upto());
                     if !behind {
-                        self.enqueue_qos0(id, queued, false, turn);
+                        self.enqueue_qos0(id, queued, Audience::All, turn);
                     } else if self.waiting_qos0_bytes > self.settings.qos0_bytes {
                         let queues = self.catalog.topics.get(&id).map_or(0, |t| t.subs.len() as u64);
                         turn.metrics.queue_in += queues;
@@ -85,7 +122,8 @@ impl Topics {
                     } else {
                         // It must not overtake the stored messages in front of it.
                         self.waiting_qos0_bytes += queued.body.0.len();
-                        self.waiting.push_back((self.log.appended(), Waiter::Memory { topic: id, queued, copy: false }));
+                        let waiter = Waiter::Memory { topic: id, queued, audience: Audience::All };
+                        self.waiting.push_back((self.log.appended(), waiter));
                     }
                 }
             }
@@ -100,15 +138,14 @@ impl Topics {
         release_forward(remote, turn);
     }
 
-    /// - `copy`: of a stored message, which QoS1 subscriptions get from the log.
-    pub(super) fn enqueue_qos0(&mut self, topic_id: TopicId, queued: Queued, copy: bool, turn: &mut Turn) {
+    pub(super) fn enqueue_qos0(&mut self, topic_id: TopicId, queued: Queued, audience: Audience, turn: &mut Turn) {
         let Some(topic) = self.catalog.topics.get(&topic_id) else { return };
         // Indices, since a full queue is dispatched in between.
         for i in 0..topic.subs.len() {
             let Some(id) = self.catalog.topics.get(&topic_id).and_then(|t| t.subs.get(i).copied()) else { break };
             // A subscription that began while the message waited for the log gets what came after it.
             let wanted = |s: &subscription::Subscription| {
-                s.start <= queued.seq && (s.qos == Qos::AtMostOnce || !copy)
+                s.start <= queued.seq && (audience == Audience::All || s.qos == Qos::AtMostOnce)
             };
             if self.catalog.subs.get(&id).is_some_and(wanted) {
                 self.push_qos0(id, Queued { body: queued.body.clone(), ..queued }, turn);
@@ -139,36 +176,54 @@ impl Topics {
         self.mark(id);
     }
 
-    pub(super) fn publish_stored(&mut self, publish: AskPublish, remote: Option<(CoreId, u64)>, turn: &mut Turn) {
+    /// `Err`: the publish, since the log has no segment for it at this moment.
+    fn publish_stored(
+        &mut self,
+        publish: AskPublish,
+        remote: Option<(CoreId, u64)>,
+        turn: &mut Turn,
+    ) -> Result<(), AskPublish> {
         let now = turn.now.wall;
         if let Some(reason) = &self.no_space {
             let text = Bytes::from(format!("storage full: {reason}"));
-            return self.refuse(&publish, code::STORAGE_FULL, text, remote, turn);
+            self.refuse(&publish, code::STORAGE_FULL, text, remote, turn);
+            return Ok(());
         }
         if self.catalog.entries() >= self.settings.entries_max {
             let text = Bytes::from_static(
                 b"backlog too large: its index would exceed the memory budget ([storage] memory_budget)",
             );
-            return self.refuse(&publish, code::STORAGE_FULL, text, remote, turn);
+            self.refuse(&publish, code::STORAGE_FULL, text, remote, turn);
+            return Ok(());
+        }
+        if self.catalog.topic_named(&publish.topic).is_none()
+            && !self.log.has_room(Log::cost(&Record::TopicCreated { topic: 0, name: &publish.topic }), Class::Publish)
+        {
+            return Err(publish);
         }
         let id = match self.topic_for(&publish.topic, turn) {
             Ok(id) => id,
-            Err((code, text)) => return self.refuse(&publish, code, text, remote, turn),
+            Err((code, text)) => {
+                self.refuse(&publish, code, text, remote, turn);
+                return Ok(());
+            }
         };
         let window = self.settings.dedup_window;
-        let Some(topic) = self.catalog.topics.get(&id) else { return };
+        let Some(topic) = self.catalog.topics.get(&id) else { return Ok(()) };
         if publish.identity.as_ref().is_some_and(|identity| topic.dedup.is_duplicate(identity, now, window)) {
             turn.metrics.publishes_duplicate += 1;
             if publish.confirm {
                 let waiter = Waiter::Duplicate { conn: publish.conn, cid: publish.cid };
                 self.wait(self.log.appended(), waiter, turn);
             }
-            return release_forward(remote, turn);
+            release_forward(remote, turn);
+            return Ok(());
         }
         if let Err(text) = self.make_room_in_backlogs(id, turn) {
-            return self.refuse(&publish, code::STORAGE_FULL, text, remote, turn);
+            self.refuse(&publish, code::STORAGE_FULL, text, remote, turn);
+            return Ok(());
         }
-        let Some(topic) = self.catalog.topics.get(&id) else { return };
+        let Some(topic) = self.catalog.topics.get(&id) else { return Ok(()) };
         let seq = topic.next_seq;
         let expires = self.ttl_end(&publish, now);
         let delay = publish.delay.as_millis();
@@ -189,9 +244,11 @@ impl Topics {
         });
         let (at, end) = match self.append(id.vshard, &record, Class::Publish, now) {
             Ok(appended) => appended,
+            Err(AppendError::Full) => return Err(publish),
             Err(error) => {
                 let (code, text) = append_failed(error);
-                return self.refuse(&publish, code, text, remote, turn);
+                self.refuse(&publish, code, text, remote, turn);
+                return Ok(());
             }
         };
         turn.metrics.published.add(Qos::AtLeastOnce, 1);
@@ -208,7 +265,7 @@ impl Topics {
         };
         let refs = self.catalog.store(id, &stored, window);
         turn.metrics.queue_in += u64::from(refs);
-        let Some(topic) = self.catalog.topics.get_mut(&id) else { return };
+        let Some(topic) = self.catalog.topics.get_mut(&id) else { return Ok(()) };
         topic.last_end = end;
         topic.published += 1;
         if topic.subs.is_empty() {
@@ -227,8 +284,9 @@ impl Topics {
             let body = make_body(&publish.options, &publish.payload);
             self.waiting_qos0_bytes += body.0.len();
             let queued = Queued { seq, published: now, expires, body };
-            self.waiting.push_back((end, Waiter::Memory { topic: id, queued, copy: true }));
+            self.waiting.push_back((end, Waiter::Memory { topic: id, queued, audience: Audience::AtMostOnce }));
         }
+        Ok(())
     }
 
     /// Answers at once if everything up to `at` is durable enough already, whoever else waits for what is not.

@@ -81,8 +81,8 @@ impl Topics {
         };
         let Some(topic) = self.catalog.topics.get(&sub.topic) else { return };
         sub.ends_at = None;
-        if matches!(sub.kind, Kind::Orphan { .. }) {
-            sub.restart_tags(topic);
+        if resumed && matches!(sub.kind, Kind::Orphan { .. }) {
+            sub.restart_tags(topic, topic.last_end > self.commit.ack_upto());
         }
         sub.consumers.push(subscription::Consumer {
             who,
@@ -94,6 +94,7 @@ impl Topics {
             under_way_bytes: 0,
             ack_timeout: ask.subscribe.ack_timeout.unwrap_or(self.settings.ack_timeout),
             poll: None,
+            unsettled: false,
         });
         let backlog = sub.backlog(topic);
         turn.tell(Tell::Subscribed { who, cid: ask.cid, sub: id, resumed, backlog });
@@ -165,6 +166,9 @@ impl Topics {
             turn.metrics.lost.add(loss, purged + sub.qos0_len() as u64);
             turn.timers.set(Timer::Subscription(id), &mut sub.timer, None);
             for consumer in &sub.consumers {
+                if consumer.unsettled {
+                    turn.tell(Tell::Settled { conn: consumer.who.conn });
+                }
                 turn.tell(Tell::Ended { who: consumer.who });
             }
         }

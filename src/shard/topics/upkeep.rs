@@ -200,7 +200,7 @@ impl Topics {
                 self.read_ahead(entry.at, turn);
                 return;
             };
-            let Ok(Record::Published(published) | Record::Relocated(published)) = Record::decode_one(&bytes) else {
+            let Ok(Record::Published(published) | Record::Relocated(published)) = Record::decode_alone(&bytes) else {
                 tracing::error!(
                     slot = slot.0,
                     offset = entry.at.offset,

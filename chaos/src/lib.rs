@@ -1,0 +1,29 @@
+//! Breaks the broker on purpose and judges what its clients saw.
+//!
+//! A witness is worth something only if it is independent: nothing here uses code of the broker.
+
+#![forbid(unsafe_code)]
+
+/// The real process, started, watched and killed.
+pub mod broker;
+/// Publishers and consumers: the load, and the eyes.
+pub mod clients;
+/// `chaos crash`: kill, restart, drain, judge.
+pub mod crash;
+/// A history on disk, one line per event, and the recorder that many clients share.
+pub mod history;
+/// A message's payload, from which a delivery tells what was published.
+pub mod message;
+/// What any history must satisfy; judges every harness.
+pub mod oracle;
+/// What was found, as a table and as JSON.
+pub mod report;
+/// Chance that a seed repeats.
+pub mod rng;
+/// `chaos crash --protocol v1`: the same question, asked by clients without names and confirms.
+pub mod v1;
+/// The v2 wire, as much as a publisher and a consumer need.
+pub mod wire;
+
+/// A failure of the harness itself, as opposed to an anomaly of the broker.
+pub type Fallible<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
