@@ -144,12 +144,13 @@ impl Topics {
         // Indices, since a full queue is dispatched in between.
         for i in 0..topic.subs.len() {
             let Some(id) = self.catalog.topics.get(&topic_id).and_then(|t| t.subs.get(i).copied()) else { break };
-            if audience == Audience::AtMostOnce && self.catalog.subs.get(&id).is_some_and(|s| s.qos == Qos::AtLeastOnce)
-            {
-                continue;
+            // A subscription that began while the message waited for the log gets what came after it.
+            let wanted = |s: &subscription::Subscription| {
+                s.start <= queued.seq && (audience == Audience::All || s.qos == Qos::AtMostOnce)
+            };
+            if self.catalog.subs.get(&id).is_some_and(wanted) {
+                self.push_qos0(id, Queued { body: queued.body.clone(), ..queued }, turn);
             }
-            let copy = Queued { body: queued.body.clone(), ..queued };
-            self.push_qos0(id, copy, turn);
         }
     }
 
@@ -213,8 +214,7 @@ impl Topics {
         if publish.identity.as_ref().is_some_and(|identity| topic.dedup.is_duplicate(identity, now, window)) {
             turn.metrics.publishes_duplicate += 1;
             if publish.confirm {
-                let outcome = Outcome::Duplicate { level: self.commit.level(), position: self.log.appended() };
-                let waiter = Waiter::Confirm { conn: publish.conn, cid: publish.cid, outcome };
+                let waiter = Waiter::Duplicate { conn: publish.conn, cid: publish.cid };
                 self.wait(self.log.appended(), waiter, turn);
             }
             release_forward(remote, turn);
@@ -291,14 +291,14 @@ impl Topics {
         Ok(())
     }
 
-    /// Answers at once if everything up to `at` is durable enough already.
+    /// Answers at once if everything up to `at` is durable enough already, whoever else waits for what is not.
     pub(super) fn wait(&mut self, at: Lsn, waiter: Waiter, turn: &mut Turn) {
-        // Answers keep their order: nobody is answered before those who have waited for longer.
-        let at = self.waiting.back().map_or(at, |(before, _)| at.max(*before));
-        self.waiting.push_back((at, waiter));
         if at <= self.commit.ack_upto() {
-            self.advance(turn);
+            return self.let_go(at, waiter, turn);
         }
+        // In log order: who joins those who wait for an older place waits no shorter than the last of them.
+        let last = self.waiting.back().map_or(at, |(last, _)| at.max(*last));
+        self.waiting.push_back((last, waiter));
     }
 
     /// Bounded subscriptions: refuses, or gives up the oldest message.
