@@ -3,6 +3,8 @@
 //! Silence is shown by a PING whose PONG comes next, not by waiting.
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use support::{Broker, Delivery, KEY, eventually, frame, hex, string};
@@ -643,6 +645,30 @@ fn b39_a_signal_ends_it_in_good_order() {
         let sub = client.subscribe("b39", 1);
         assert_eq!(client.poll(sub, "b39").message, b"kept");
     }
+}
+
+#[test]
+fn g21_two_brokers_share_neither_a_port_nor_a_store() {
+    let broker = Broker::start(&[]);
+    let store = broker.store();
+    let taken = broker.port().to_string();
+    let elsewhere = store.with_file_name("another-store");
+    let try_start = |port: &str, store: &Path| {
+        Command::new(env!("CARGO_BIN_EXE_blipmqd"))
+            .env_clear()
+            .env("BLIPMQ_PORT", port)
+            .env("BLIPMQ_METRICS_PORT", "0")
+            .env("BLIPMQ_ALLOWED_API_KEYS", KEY)
+            .env("BLIPMQ_WAL_PATH", store)
+            .output()
+            .expect("blipmqd runs")
+    };
+    for output in [try_start(&taken, &elsewhere), try_start("0", &store)] {
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(output.status.code().is_some_and(|code| code != 0), "{said}");
+        assert!(!said.is_empty());
+    }
+    broker.v1().expect_silence();
 }
 
 #[test]

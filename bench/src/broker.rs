@@ -46,6 +46,8 @@ impl Broker {
         let store = setup.work.join(format!("store-{}", std::process::id()));
         remove_store(&store)?;
         fs::create_dir_all(&store)?;
+        // What the run before left to be written, or to be discarded, is not this run's business.
+        rustix::fs::syncfs(File::open(&store)?)?;
         Broker::spawn(setup, store)
     }
 
@@ -120,8 +122,7 @@ impl Broker {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
         let after_name = stat.rsplit_once(')').ok_or("no name in /proc/PID/stat")?.1;
         // utime and stime are fields 14 and 15; the first one here is field 3.
-        let ticks: u64 = after_name.split_whitespace().skip(11).take(2).map(|n| n.parse().unwrap_or(0)).sum();
-        Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+        Ok(seconds(after_name.split_whitespace().skip(11).take(2)))
     }
 
     /// Memory resident now.
@@ -169,6 +170,20 @@ impl Drop for Broker {
             eprintln!("cannot remove {}: {error}", self.store.display());
         }
     }
+}
+
+/// CPU time that all of the machine has spent on anything, over all CPUs.
+pub fn machine_cpu_seconds() -> Result<f64> {
+    let stat = fs::read_to_string("/proc/stat")?;
+    // cpu user nice system idle iowait irq softirq steal ...
+    let mut fields = stat.lines().next().ok_or("empty /proc/stat")?.split_whitespace().skip(1);
+    Ok(seconds(fields.by_ref().take(3)) + seconds(fields.skip(2).take(3)))
+}
+
+/// A sum of clock ticks.
+fn seconds<'a>(fields: impl Iterator<Item = &'a str>) -> f64 {
+    let ticks: u64 = fields.map(|field| field.parse().unwrap_or(0)).sum();
+    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
 }
 
 /// `name{labels} value` lines; anything else (HTTP headers, HELP, TYPE) is skipped.

@@ -221,6 +221,7 @@ fn cost_table(summaries: &[(String, Values)]) -> Table {
         ("broker CPU s/M", "cpu_s_per_million"),
         ("broker CPU %", "broker_cpu_percent"),
         ("generator CPU %", "generator_cpu_percent"),
+        ("other CPU %", "other_cpu_percent"),
         ("RSS MiB", "rss_mib"),
         ("peak RSS MiB", "peak_rss_mib"),
         ("KiB/conn", "kib_per_connection"),

@@ -2,6 +2,8 @@
 
 use std::rc::Rc;
 
+use bytes::Bytes;
+
 use crate::driver::conn::Conn;
 use crate::driver::{Core, add};
 use crate::limits;
@@ -20,6 +22,8 @@ use crate::wal::{reader, writer::WriteFailed};
 const EXIT_IO: i32 = 74;
 /// The same for log bytes that are not what was written (EX_DATAERR).
 const EXIT_CORRUPT: i32 = 65;
+/// Before a read of a freed slot is reported as done.
+const RETRY_READ: std::time::Duration = std::time::Duration::from_millis(100);
 
 impl Core {
     pub(super) fn perform(self: &Rc<Core>, effects: &mut Effects) {
@@ -56,6 +60,12 @@ impl Core {
             glommio::spawn_local(async move {
                 match reader::read(&core.wal_dir, read.slot, read.offset, read.len).await {
                     Ok(bytes) => core.push(Event::BacklogRead { slot: read.slot, offset: read.offset, bytes }),
+                    Err(error) if error.gone => {
+                        // Whoever asked finds that the message is finished; if it is not, this line tells an operator.
+                        tracing::warn!("{error}; it was freed while a read was on its way");
+                        glommio::timer::sleep(RETRY_READ).await;
+                        core.push(Event::BacklogRead { slot: read.slot, offset: read.offset, bytes: Bytes::new() });
+                    }
                     Err(error) => {
                         tracing::error!("{error}; stopping: a confirmed message cannot be read back");
                         std::process::exit(EXIT_IO);
@@ -122,7 +132,7 @@ impl Core {
             ForKeeper::Relocated { slot } => ToKeeper::Relocated { core: self.id, slot },
             ForKeeper::Snapshot(Snapshot { covered, durable, vshards, live }) => {
                 let live = live.into_iter().map(|(slot, records, bytes)| (slot, Live { records, bytes })).collect();
-                let report = CoreReport { core: self.id, covered, live, begun: self.begun.borrow().clone() };
+                let report = CoreReport { core: self.id, covered, live, begun: self.begun.take() };
                 let wall = self.clock.now().wall;
                 ToKeeper::Snapshot(Box::new(CoreSnapshot { report, durable, vshards, wall }))
             }

@@ -74,7 +74,7 @@ impl Cache {
 
     /// What a backlog read returned.
     pub fn add_read(&mut self, slot: Slot, offset: u32, bytes: Bytes) {
-        if self.pieces.contains_key(&(slot, offset)) {
+        if bytes.is_empty() || self.pieces.contains_key(&(slot, offset)) {
             return;
         }
         self.read_bytes += bytes.len();

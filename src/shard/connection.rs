@@ -551,19 +551,27 @@ impl Connections {
         }
     }
 
-    /// There is room at `core` again: those who wait for it go on, in order, until it is full again.
-    pub fn room_at(&mut self, core: CoreId, desk: &mut Desk) {
-        let here = core == self.settings.core;
+    /// Whether anybody waits for room at `core`.
+    pub fn wants_room(&self, core: CoreId) -> bool {
+        !self.room_wanted[usize::from(core.0)].is_empty()
+    }
+
+    /// There is room at another core again: those who wait for it go on, in order, until it is full again.
+    fn room_at(&mut self, core: CoreId, desk: &mut Desk) {
         for _ in 0..self.room_wanted[usize::from(core.0)].len() {
-            let full = if here { desk.log_behind } else { self.forwards[usize::from(core.0)].full() };
-            if full {
+            if self.forwards[usize::from(core.0)].full() {
                 return;
             }
-            let Some(id) = self.room_wanted[usize::from(core.0)].pop_front() else { return };
-            if let Some(connection) = self.all.get_mut(&id) {
-                connection.stall = None;
-                self.go_on(id, desk);
-            }
+            self.next_waiting(core, desk);
+        }
+    }
+
+    /// The first of those who wait for room at `core` goes on.
+    pub fn next_waiting(&mut self, core: CoreId, desk: &mut Desk) {
+        let Some(id) = self.room_wanted[usize::from(core.0)].pop_front() else { return };
+        if let Some(connection) = self.all.get_mut(&id) {
+            connection.stall = None;
+            self.go_on(id, desk);
         }
     }
 

@@ -63,7 +63,6 @@ pub struct Shard {
     metrics: CoreMetrics,
     asks: VecDeque<Ask>,
     tells: VecDeque<Tell>,
-    was_behind: bool,
     draining: bool,
 }
 
@@ -88,7 +87,6 @@ impl Shard {
             metrics: CoreMetrics::default(),
             asks: VecDeque::new(),
             tells: VecDeque::new(),
-            was_behind: false,
             draining: false,
         };
         shard.with_topics(now, effects, |topics, turn| topics.start(turn));
@@ -148,11 +146,11 @@ impl Shard {
                 self.with_connections(now, effects, |c, desk| c.drain(desk));
             }
         }
-        if self.was_behind && !self.topics.is_behind() {
-            let me = self.settings.core;
-            self.with_connections(now, effects, |c, desk| c.room_at(me, desk));
+        // One by one: each may fill the log again.
+        let me = self.settings.core;
+        while self.connections.wants_room(me) && !self.topics.is_behind() {
+            self.with_connections(now, effects, |c, desk| c.next_waiting(me, desk));
         }
-        self.was_behind = self.topics.is_behind();
     }
 
     /// Ends a turn: what the events have changed is delivered and logged. Called once, after the turn's last event.

@@ -392,6 +392,12 @@ impl Subscription {
         touched.state = State::InFlight { due };
         touched.last = Some(consumer.who);
         let attempt = touched.deliveries;
+        // Two steps forward for each one added: what is acknowledged in time does not pile up until its deadline.
+        for _ in 0..2 {
+            if self.deadlines.front().is_some_and(|(at, seq)| !self.is_in_flight(*seq, *at)) {
+                self.deadlines.pop_front();
+            }
+        }
         if self.deadlines.back().is_none_or(|(last, _)| *last <= due) {
             self.deadlines.push_back((due, seq));
         } else {

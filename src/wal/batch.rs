@@ -426,7 +426,7 @@ impl Log {
     }
 
     /// Most bytes of body that any frame of this store can hold.
-    fn body_max(&self) -> usize {
+    pub fn body_max(&self) -> usize {
         (self.segment_size as usize - BLOCK - FRAME_HEADER).min(BATCH_BYTES_MAX)
     }
 

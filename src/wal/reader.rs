@@ -15,6 +15,8 @@ pub struct ReadFailed {
     pub offset: u32,
     pub len: u32,
     pub reason: String,
+    /// The slot's file is gone: it was freed, because nobody wants what is in it any more.
+    pub gone: bool,
 }
 
 /// Reads `len` bytes at `offset`, both aligned to `BLOCK`.
@@ -22,7 +24,10 @@ pub struct ReadFailed {
 /// Opens the slot each time: a handle kept would go on reading a slot that was deleted and made anew.
 pub async fn read(wal_dir: &Path, slot: Slot, offset: u32, len: u32) -> Result<Bytes, ReadFailed> {
     let path = disk::slot_path(wal_dir, slot);
-    let failed = |reason: String| ReadFailed { path: path.display().to_string(), offset, len, reason };
+    let failed = |reason: String| ReadFailed { path: path.display().to_string(), offset, len, reason, gone: false };
+    if !path.exists() {
+        return Err(ReadFailed { gone: true, ..failed("the file does not exist".to_owned()) });
+    }
     let file = DmaFile::open(&path).await.map_err(|e| failed(e.to_string()))?;
     let read = file.read_at_aligned(u64::from(offset), len as usize).await.map_err(|e| failed(e.to_string()))?;
     let bytes = Bytes::copy_from_slice(&read);

@@ -57,6 +57,12 @@ impl Broker {
         Broker { process, dir, env, port, metrics_port }
     }
 
+    /// The same with at most so many open files.
+    pub fn start_limited(env: &[(&str, &str)], files: u32) -> Broker {
+        let files = files.to_string();
+        Broker::start(&[env, &[(OPEN_FILES, &files)]].concat())
+    }
+
     /// `blipmqd --check-config` with these settings.
     pub fn check_config(env: &[(&str, &str)]) -> Output {
         let mut command = Command::new(program("blipmqd"));
@@ -93,6 +99,7 @@ impl Broker {
         self.process.0.id()
     }
 
+    /// The port for clients.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -235,8 +242,15 @@ fn spawn_until_ready(dir: &Path, env: &[(String, String)]) -> (Process, u16, u16
     panic!("blipmqd does not start:\n{}", log(dir));
 }
 
+/// Not for the broker: for the shell that starts it.
+const OPEN_FILES: &str = "TEST_OPEN_FILES";
+
 fn command(dir: &Path, env: &[(String, String)], port: u16, metrics_port: u16) -> Command {
     let mut command = Command::new(program("blipmqd"));
+    if let Some((_, files)) = env.iter().find(|(name, _)| name == OPEN_FILES) {
+        command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -n {files} && exec \"$0\"")]).arg(program("blipmqd"));
+    }
     command
         .env_clear()
         .env("RUST_BACKTRACE", "1")
@@ -244,6 +258,8 @@ fn command(dir: &Path, env: &[(String, String)], port: u16, metrics_port: u16) -
         .env("BLIPMQ_METRICS_PORT", metrics_port.to_string())
         .env("BLIPMQ_WAL_PATH", dir.join("store"))
         .env("BLIPMQ_ALLOWED_API_KEYS", KEY)
+        // Two, so that a topic may live on its client's core or on another.
+        .env("BLIPMQ_SHARDS_COUNT", "2")
         .env("BLIPMQ_STORAGE_SEGMENT_SIZE", "32MiB")
         .env("BLIPMQ_DELIVERY_POLL_PARK_MS", "600000")
         .envs(env.iter().map(|(name, value)| (name, value)))

@@ -11,7 +11,7 @@ pub mod v1;
 
 use std::time::Duration;
 
-use crate::broker::{Broker, Setup};
+use crate::broker::{Broker, Setup, machine_cpu_seconds};
 use crate::load::{self, Pace, Plan};
 use crate::report::{Values, add_latency};
 use crate::wire::{Consumer, Link, Messages, Publisher, Subscription};
@@ -103,12 +103,14 @@ impl OneToOne {
             patience: if self.losses == Losses::Counted { Duration::from_millis(500) } else { PATIENCE },
         };
         let counters = broker.metrics();
+        let machine = machine_cpu_seconds()?;
         let cpu = broker.cpu_seconds()?;
         let outcome = floors::on_cpu(bench.cpus.load, || {
             load::exact_timers()?;
             load::run(&plan, &mut publisher, &mut consumer)
         })??;
         let cpu = broker.cpu_seconds()? - cpu;
+        let machine = machine_cpu_seconds()? - machine;
         let counters_after = broker.metrics();
         let grown = |name: &str| Some(counters_after.get(name)? - counters.get(name).copied().unwrap_or(0.0));
 
@@ -134,8 +136,11 @@ impl OneToOne {
         insert("sent", messages);
         insert("missing", outcome.missing as f64);
         insert("cpu_s_per_million", cpu / messages * 1e6);
-        insert("broker_cpu_percent", cpu / outcome.elapsed.as_secs_f64() * 100.0);
-        insert("generator_cpu_percent", outcome.generator_cpu.as_secs_f64() / outcome.elapsed.as_secs_f64() * 100.0);
+        let elapsed = outcome.elapsed.as_secs_f64();
+        let generator = outcome.generator_cpu.as_secs_f64();
+        insert("broker_cpu_percent", cpu / elapsed * 100.0);
+        insert("generator_cpu_percent", generator / elapsed * 100.0);
+        insert("other_cpu_percent", (machine - cpu - generator).max(0.0) / elapsed * 100.0);
         insert("peak_rss_mib", broker.peak_rss_mib()?);
         let records = grown("wal_bytes_total").unwrap_or(0.0);
         if records > 0.0 {

@@ -127,7 +127,7 @@ impl Topics {
         ));
         if let Some(queued) = memory {
             self.waiting_qos0_bytes += queued.body.0.len();
-            self.waiting.push_back((end, Waiter::Memory { topic: dead, queued }));
+            self.waiting.push_back((end, Waiter::Memory { topic: dead, queued, audience: Audience::AtMostOnce }));
         }
         self.finish(id, seq, false);
         turn.metrics.lost.add(Loss::DeadLettered, 1);

@@ -70,10 +70,11 @@ enum Waiter {
         answer: Option<(ConnId, u64)>,
         remote: Option<(CoreId, u64)>,
     },
-    /// A QoS0 message behind a QoS1 message of its topic.
+    /// A QoS0 message behind a QoS1 message of its topic; or a QoS1 message, for the topic's QoS0 subscriptions.
     Memory {
         topic: TopicId,
         queued: Queued,
+        audience: Audience,
     },
     Confirm {
         conn: ConnId,
@@ -96,6 +97,23 @@ enum Waiter {
     },
 }
 
+/// A write under way.
+#[derive(Debug)]
+struct Writing {
+    slot: Slot,
+    /// Offset behind it.
+    upto: u32,
+    new_segment: bool,
+}
+
+/// Which subscriptions of a topic get a message from memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Audience {
+    All,
+    /// Those of QoS1 get it from the log.
+    AtMostOnce,
+}
+
 /// Live messages of one slot on their way to the log's end.
 #[derive(Debug)]
 struct Relocation {
@@ -116,7 +134,7 @@ pub struct Topics {
     /// How far each slot of this run's stream is written: nothing behind it may be read.
     segment_size: u32,
     written: FxHashMap<Slot, u32>,
-    writing: VecDeque<(Slot, u32)>,
+    writing: VecDeque<Writing>,
     /// Backlog reads under way, and who waits for each.
     reads: FxHashMap<(Slot, u32), Vec<SubId>>,
     reads_waiting: VecDeque<SubId>,
@@ -126,8 +144,10 @@ pub struct Topics {
     no_space: Option<String>,
     /// Publishes that wait for a segment, and what came behind them. While there are some the core counts as behind, so that
     /// no more are read: what is here was accepted before, and is bounded by that.
-    parked: VecDeque<(Option<CoreId>, AskPublish)>,
+    parked: VecDeque<(Option<CoreId>, Box<AskPublish>)>,
     draining: bool,
+    /// The log has its last frame: nothing may follow it.
+    finished: bool,
     grants_asked: usize,
     snapshot: Option<Snapshot>,
     force_sync: Option<Lsn>,
@@ -164,6 +184,7 @@ impl Topics {
             no_space: None,
             parked: VecDeque::new(),
             draining: false,
+            finished: false,
             grants_asked: 0,
             snapshot: None,
             force_sync: None,
@@ -216,7 +237,8 @@ impl Topics {
     pub fn next_write(&mut self, now: WallMs) -> Option<Write> {
         let write = self.log.next_write(self.commit.durable(), now)?;
         self.cache.add_tail(write.slot, write.offset, write.bytes.clone());
-        self.writing.push_back((write.slot, write.offset + write.bytes.len() as u32));
+        let upto = write.offset + write.bytes.len() as u32;
+        self.writing.push_back(Writing { slot: write.slot, upto, new_segment: write.new_segment });
         Some(write)
     }
 
@@ -227,13 +249,15 @@ impl Topics {
     }
 
     pub fn on_written(&mut self, end: Lsn, records: u32, synced: bool, turn: &mut Turn) {
-        if let Some((slot, upto)) = self.writing.pop_front() {
-            self.written.insert(slot, upto);
+        let writing = self.writing.pop_front();
+        if let Some(writing) = &writing {
+            self.written.insert(writing.slot, writing.upto);
         }
         self.commit.on_written(end, records, turn.now.mono);
         if synced {
             self.commit.on_synced(end, turn.now.mono);
-        } else if self.force_sync.is_some() {
+        } else if self.force_sync.is_some() || writing.is_some_and(|w| w.new_segment) {
+            // A segment that is full is synced, whatever the policy: the window of loss is never more than two.
             self.commit.request_sync();
         }
         while let Some((at, bytes)) = self.durable_bytes_at.front().copied() {
@@ -265,7 +289,7 @@ impl Topics {
 
     /// Time has passed: acknowledgements that were held back, the marker of an idle log.
     pub fn on_tick(&mut self, turn: &mut Turn) {
-        if self.settings.idle_marker && self.commit.marker_wanted(turn.now.mono) {
+        if !self.finished && self.settings.idle_marker && self.commit.marker_wanted(turn.now.mono) {
             self.marker();
         }
         self.advance(turn);
@@ -287,6 +311,7 @@ impl Topics {
 
     /// The last frame of an orderly stop.
     pub fn finish_log(&mut self) {
+        self.finished = true;
         if self.log.clean().is_err() {
             tracing::warn!("no room for the log's last frame: the next start will look for a torn tail");
         }
@@ -363,9 +388,9 @@ impl Topics {
                     release_forward(remote, turn);
                     self.make_visible(topic, seq, priority, turn);
                 }
-                Waiter::Memory { topic, queued } => {
+                Waiter::Memory { topic, queued, audience } => {
                     self.waiting_qos0_bytes -= queued.body.0.len();
-                    self.enqueue_qos0(topic, queued, turn);
+                    self.enqueue_qos0(topic, queued, audience, turn);
                 }
                 Waiter::Confirm { conn, cid, outcome } => turn.tell(Tell::Confirm { conn, cid, outcome }),
                 Waiter::Subscribed { ask, sub, resumed } => self.attach(*ask, sub, resumed, turn),
@@ -416,7 +441,7 @@ impl Topics {
     pub fn on_ask(&mut self, from: Option<CoreId>, ask: Ask, turn: &mut Turn) {
         let remote = from.map(|core| (core, 0));
         match ask {
-            Ask::Publish(publish) => return self.on_publish(from, *publish, turn),
+            Ask::Publish(publish) => return self.on_publish(from, publish, turn),
             Ask::Subscribe(subscribe) => self.on_subscribe(*subscribe, turn),
             Ask::Poll { who, sub, cid } => self.on_poll(who, sub, cid, turn),
             Ask::Ack { who, sub, tags, answer } => self.on_ack(who, sub, &tags, answer, turn),

@@ -2,8 +2,15 @@
 
 use super::*;
 
+/// What a v1 delivery has besides topic and message: type, correlation id, QoS, the topic's length. A publish by alias does
+/// not carry the name, so it can be longer than any frame that delivers it.
+const V1_DELIVERY_HEADER: usize = 12;
+/// A v2 client accepts DELIVER frames longer than others by 64 KiB: enough for the header and all options, the dead letter's
+/// included.
+const _: () = assert!(limits::OPTIONS_LEN_MAX + 64 < 64 * 1024);
+
 impl Topics {
-    pub(super) fn on_publish(&mut self, from: Option<CoreId>, publish: AskPublish, turn: &mut Turn) {
+    pub(super) fn on_publish(&mut self, from: Option<CoreId>, publish: Box<AskPublish>, turn: &mut Turn) {
         turn.metrics.publishes_received.add(publish.qos, 1);
         if !self.parked.is_empty() && !self.draining {
             return self.parked.push_back((from, publish)); // behind those that came before it
@@ -14,16 +21,24 @@ impl Topics {
     }
 
     /// Stores or refuses a publish. `Err`: there is no segment for it yet, but there will be one.
-    fn take(&mut self, from: Option<CoreId>, publish: AskPublish, turn: &mut Turn) -> Result<(), AskPublish> {
+    fn take(&mut self, from: Option<CoreId>, publish: Box<AskPublish>, turn: &mut Turn) -> Result<(), Box<AskPublish>> {
         let remote = from.map(|core| (core, publish.weight() as u64));
         if self.draining {
-            let text = Bytes::from_static(b"log corruption: write-ahead log not available: broker shutting down");
-            self.refuse(&publish, code::SHUTTING_DOWN, text, remote, turn);
+            let text = match publish.version {
+                Version::V1 => &b"log corruption: write-ahead log not available: broker shutting down"[..], // V1 B12
+                Version::V2 => b"the broker is shutting down",
+            };
+            self.refuse(&publish, code::SHUTTING_DOWN, Bytes::from_static(text), remote, turn);
+            return Ok(());
+        }
+        if V1_DELIVERY_HEADER + publish.topic.len() + publish.payload.len() > limits::FRAME_LEN_MAX as usize {
+            let text = Bytes::from_static(b"message too large: no frame could deliver it with its topic's name");
+            self.refuse(&publish, code::TOO_LARGE, text, remote, turn);
             return Ok(());
         }
         match publish.qos {
             Qos::AtMostOnce => {
-                self.publish_memory(publish, remote, turn);
+                self.publish_memory(&publish, remote, turn);
                 Ok(())
             }
             Qos::AtLeastOnce => self.publish_stored(publish, remote, turn),
@@ -75,9 +90,9 @@ impl Topics {
         if ttl == Duration::ZERO { WallMs(0) } else { WallMs(from.saturating_add(ttl.as_millis().max(1))) }
     }
 
-    pub(super) fn publish_memory(&mut self, publish: AskPublish, remote: Option<(CoreId, u64)>, turn: &mut Turn) {
+    pub(super) fn publish_memory(&mut self, publish: &AskPublish, remote: Option<(CoreId, u64)>, turn: &mut Turn) {
         let now = turn.now.wall;
-        let expires = self.ttl_end(&publish, now);
+        let expires = self.ttl_end(publish, now);
         let topic = self.catalog.topic_named(&publish.topic).and_then(|id| self.catalog.topics.get_mut(&id));
         let mut outcome = Outcome::Stored { level: Durability::Memory, position: Lsn(0) };
         match topic {
@@ -99,7 +114,7 @@ impl Topics {
                     let queued = Queued { seq: topic.take_seq(), published: now, expires, body };
                     let (id, behind) = (topic.id, topic.last_end > self.commit.ack_upto());
                     if !behind {
-                        self.enqueue_qos0(id, queued, turn);
+                        self.enqueue_qos0(id, queued, Audience::All, turn);
                     } else if self.waiting_qos0_bytes > self.settings.qos0_bytes {
                         let queues = self.catalog.topics.get(&id).map_or(0, |t| t.subs.len() as u64);
                         turn.metrics.queue_in += queues;
@@ -107,7 +122,8 @@ impl Topics {
                     } else {
                         // It must not overtake the stored messages in front of it.
                         self.waiting_qos0_bytes += queued.body.0.len();
-                        self.waiting.push_back((self.log.appended(), Waiter::Memory { topic: id, queued }));
+                        let waiter = Waiter::Memory { topic: id, queued, audience: Audience::All };
+                        self.waiting.push_back((self.log.appended(), waiter));
                     }
                 }
             }
@@ -122,11 +138,15 @@ impl Topics {
         release_forward(remote, turn);
     }
 
-    pub(super) fn enqueue_qos0(&mut self, topic_id: TopicId, queued: Queued, turn: &mut Turn) {
+    pub(super) fn enqueue_qos0(&mut self, topic_id: TopicId, queued: Queued, audience: Audience, turn: &mut Turn) {
         let Some(topic) = self.catalog.topics.get(&topic_id) else { return };
         // Indices, since a full queue is dispatched in between.
         for i in 0..topic.subs.len() {
             let Some(id) = self.catalog.topics.get(&topic_id).and_then(|t| t.subs.get(i).copied()) else { break };
+            if audience == Audience::AtMostOnce && self.catalog.subs.get(&id).is_some_and(|s| s.qos == Qos::AtLeastOnce)
+            {
+                continue;
+            }
             let copy = Queued { body: queued.body.clone(), ..queued };
             self.push_qos0(id, copy, turn);
         }
@@ -158,10 +178,10 @@ impl Topics {
     /// `Err`: the publish, since the log has no segment for it at this moment.
     fn publish_stored(
         &mut self,
-        publish: AskPublish,
+        publish: Box<AskPublish>,
         remote: Option<(CoreId, u64)>,
         turn: &mut Turn,
-    ) -> Result<(), AskPublish> {
+    ) -> Result<(), Box<AskPublish>> {
         let now = turn.now.wall;
         if let Some(reason) = &self.no_space {
             let text = Bytes::from(format!("storage full: {reason}"));
@@ -264,7 +284,7 @@ impl Topics {
             let body = make_body(&publish.options, &publish.payload);
             self.waiting_qos0_bytes += body.0.len();
             let queued = Queued { seq, published: now, expires, body };
-            self.waiting.push_back((end, Waiter::Memory { topic: id, queued }));
+            self.waiting.push_back((end, Waiter::Memory { topic: id, queued, audience: Audience::AtMostOnce }));
         }
         Ok(())
     }
