@@ -164,7 +164,7 @@ pub fn recover(
         slots,
     };
     let Recovered { truncated, frames, records, clean, .. } = &out.recovered;
-    tracing::info!(
+    tracing::debug!(
         frames,
         records,
         clean,
