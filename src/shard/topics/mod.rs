@@ -144,7 +144,7 @@ pub struct Topics {
     no_space: Option<String>,
     /// Publishes that wait for a segment, and what came behind them. While there are some the core counts as behind, so that
     /// no more are read: what is here was accepted before, and is bounded by that.
-    parked: VecDeque<(Option<CoreId>, AskPublish)>,
+    parked: VecDeque<(Option<CoreId>, Box<AskPublish>)>,
     draining: bool,
     /// The log has its last frame: nothing may follow it.
     finished: bool,
@@ -457,7 +457,7 @@ impl Topics {
     pub fn on_ask(&mut self, from: Option<CoreId>, ask: Ask, turn: &mut Turn) {
         let remote = from.map(|core| (core, 0));
         match ask {
-            Ask::Publish(publish) => return self.on_publish(from, *publish, turn),
+            Ask::Publish(publish) => return self.on_publish(from, publish, turn),
             Ask::Subscribe(subscribe) => self.on_subscribe(*subscribe, turn),
             Ask::Poll { who, sub, cid } => self.on_poll(who, sub, cid, turn),
             Ask::Ack { who, sub, tags, answer } => self.on_ack(who, sub, &tags, answer, turn),
