@@ -177,16 +177,21 @@ impl Catalog {
         let ids = self.next_ids.entry(id.vshard).or_default();
         ids.sub = ids.sub.max(id.index + 1);
         let Some(topic) = self.topics.get_mut(&topic_id) else { return };
+        // The log knows nothing of QoS0 messages, but this: their numbers are taken.
+        topic.next_seq = topic.next_seq.max(start);
         match &kind {
             Kind::Durable { name } => _ = self.durables.insert((topic_id, name.clone()), id),
             Kind::DeadLetters => _ = self.dead_letters.insert(topic_id, id),
             Kind::Ephemeral | Kind::Orphan { .. } => {}
         }
         topic.attach(id, qos);
-        let mut sub = Subscription::new(id, topic_id, kind, qos, start, topic.stored);
+        let mut sub = Subscription::new(id, topic_id, kind.clone(), qos, start, topic.stored);
         if qos == Qos::AtLeastOnce && start < topic.next_seq {
             // What all others have finished is gone: it counts as finished here too, also after a restart.
-            let live: Vec<Seq> = topic.index.live_from(start).map(|e| e.seq).collect();
+            // A logged subscription may only count on what logged ones keep: replay knows of no others.
+            let keeps = |s: &Subscription, seq| s.wants(seq) && (s.kind.is_logged() || !kind.is_logged());
+            let kept = |e: &&Entry| topic.subs.iter().any(|id| self.subs.get(id).is_some_and(|s| keeps(s, e.seq)));
+            let live: Vec<Seq> = topic.index.live_from(start).filter(kept).map(|e| e.seq).collect();
             let mut gap_from = start;
             for seq in &live {
                 topic.index.add_ref(*seq);

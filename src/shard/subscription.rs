@@ -388,10 +388,11 @@ impl Subscription {
 
     /// Notes that `seq` goes to consumer `index`. Returns the attempt number, from 1.
     pub fn deliver(&mut self, seq: Seq, priority: u8, index: usize, due: Instant) -> u16 {
-        self.front.remove(&seq);
+        let redelivered = self.front.remove(&seq);
         if priority > 0 {
             self.urgent.remove(&(Reverse(priority), seq));
-        } else if seq >= self.next {
+        } else if !redelivered && seq >= self.next {
+            // One from the front may lie far ahead of the cursor after a restart: what is between is still to come.
             self.next = seq.next();
         }
         let consumer = &mut self.consumers[index];
@@ -602,8 +603,12 @@ impl Subscription {
     }
 
     /// A v1 subscriber takes over this orphan: its tags count from 1 again.
-    pub fn restart_tags(&mut self, topic: &Topic) {
-        let first = topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(topic.next_seq, |e| e.seq);
+    ///
+    /// - `pending`: messages of the topic, QoS0 ones too, wait for the log; they come after what is visible.
+    pub fn restart_tags(&mut self, topic: &Topic, pending: bool) {
+        let newest = if pending { topic.visible.next() } else { topic.next_seq };
+        let stored = topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(newest, |e| e.seq);
+        let first = self.qos0.front().map_or(stored, |queued| stored.min(queued.seq));
         self.tag_base = first.0 - 1;
         for touched in self.touched.values_mut() {
             touched.last = None;

@@ -76,10 +76,10 @@ enum Waiter {
         queued: Queued,
         audience: Audience,
     },
-    Confirm {
+    /// The message is in the log already; its first publish may still be on its way there.
+    Duplicate {
         conn: ConnId,
         cid: u64,
-        outcome: Outcome,
     },
     Subscribed {
         ask: Box<AskSubscribe>,
@@ -144,7 +144,7 @@ pub struct Topics {
     no_space: Option<String>,
     /// Publishes that wait for a segment, and what came behind them. While there are some the core counts as behind, so that
     /// no more are read: what is here was accepted before, and is bounded by that.
-    parked: VecDeque<(Option<CoreId>, AskPublish)>,
+    parked: VecDeque<(Option<CoreId>, Box<AskPublish>)>,
     draining: bool,
     /// The log has its last frame: nothing may follow it.
     finished: bool,
@@ -346,6 +346,13 @@ impl Topics {
     pub fn on_grant(&mut self, grant: Grant, turn: &mut Turn) {
         self.log.grant(grant);
         self.grants_asked = self.grants_asked.saturating_sub(1);
+        // What the log had no room for is tried again.
+        let waits = |s: &&subscription::Subscription| !s.unlogged.is_empty() || !s.dying.is_empty();
+        let mut held: Vec<SubId> = self.catalog.subs.values().filter(waits).map(|s| s.id).collect();
+        held.sort_unstable();
+        for id in held {
+            self.mark(id);
+        }
         self.take_parked(turn);
         self.ask_for_grants(turn);
     }
@@ -377,34 +384,9 @@ impl Topics {
         let upto = self.commit.ack_upto();
         #[cfg(feature = "planted-bugs")]
         let upto = if self.settings.confirm_before_durable { self.log.appended() } else { upto };
-        let level = self.commit.level();
         while self.waiting.front().is_some_and(|(at, _)| *at <= upto) {
             let Some((at, waiter)) = self.waiting.pop_front() else { break };
-            match waiter {
-                Waiter::Stored { topic, seq, since, priority, answer, remote } => {
-                    turn.metrics.publish_to_durable.record((turn.now.mono - since).0);
-                    if let Some((conn, cid)) = answer {
-                        let outcome = Outcome::Stored { level, position: at };
-                        turn.tell(Tell::Confirm { conn, cid, outcome });
-                    }
-                    release_forward(remote, turn);
-                    self.make_visible(topic, seq, priority, turn);
-                }
-                Waiter::Memory { topic, queued, audience } => {
-                    self.waiting_qos0_bytes -= queued.body.0.len();
-                    self.enqueue_qos0(topic, queued, audience, turn);
-                }
-                Waiter::Confirm { conn, cid, outcome } => turn.tell(Tell::Confirm { conn, cid, outcome }),
-                Waiter::Subscribed { ask, sub, resumed } => self.attach(*ask, sub, resumed, turn),
-                Waiter::Ok { conn, cid } => turn.tell(Tell::Ok { conn, cid }),
-                Waiter::Relocated { topic, seq, at } => {
-                    self.catalog.moved(topic, seq, at);
-                    turn.metrics.relocated_bytes += u64::from(at.len);
-                    if let Some(relocation) = self.relocations.front_mut() {
-                        relocation.pending -= 1;
-                    }
-                }
-            }
+            self.let_go(at, waiter, turn);
         }
         if self.snapshot.as_ref().is_some_and(|s| s.covered <= self.commit.durable())
             && let Some(mut snapshot) = self.snapshot.take()
@@ -414,6 +396,38 @@ impl Topics {
         }
         if self.force_sync.is_some_and(|upto| upto <= self.commit.durable()) {
             self.force_sync = None;
+        }
+    }
+
+    /// The log is as durable up to `at` as the policy asks: the wait is over.
+    fn let_go(&mut self, at: Lsn, waiter: Waiter, turn: &mut Turn) {
+        match waiter {
+            Waiter::Stored { topic, seq, since, priority, answer, remote } => {
+                turn.metrics.publish_to_durable.record((turn.now.mono - since).0);
+                if let Some((conn, cid)) = answer {
+                    let outcome = Outcome::Stored { level: self.commit.level(), position: at };
+                    turn.tell(Tell::Confirm { conn, cid, outcome });
+                }
+                release_forward(remote, turn);
+                self.make_visible(topic, seq, priority, turn);
+            }
+            Waiter::Memory { topic, queued, audience } => {
+                self.waiting_qos0_bytes -= queued.body.0.len();
+                self.enqueue_qos0(topic, queued, audience, turn);
+            }
+            Waiter::Duplicate { conn, cid } => {
+                let outcome = Outcome::Duplicate { level: self.commit.level(), position: at };
+                turn.tell(Tell::Confirm { conn, cid, outcome });
+            }
+            Waiter::Subscribed { ask, sub, resumed } => self.attach(*ask, sub, resumed, turn),
+            Waiter::Ok { conn, cid } => turn.tell(Tell::Ok { conn, cid }),
+            Waiter::Relocated { topic, seq, at } => {
+                self.catalog.moved(topic, seq, at);
+                turn.metrics.relocated_bytes += u64::from(at.len);
+                if let Some(relocation) = self.relocations.front_mut() {
+                    relocation.pending -= 1;
+                }
+            }
         }
     }
 
@@ -443,7 +457,7 @@ impl Topics {
     pub fn on_ask(&mut self, from: Option<CoreId>, ask: Ask, turn: &mut Turn) {
         let remote = from.map(|core| (core, 0));
         match ask {
-            Ask::Publish(publish) => return self.on_publish(from, *publish, turn),
+            Ask::Publish(publish) => return self.on_publish(from, publish, turn),
             Ask::Subscribe(subscribe) => self.on_subscribe(*subscribe, turn),
             Ask::Poll { who, sub, cid } => self.on_poll(who, sub, cid, turn),
             Ask::Ack { who, sub, tags, answer } => self.on_ack(who, sub, &tags, answer, turn),

@@ -10,7 +10,7 @@ const V1_DELIVERY_HEADER: usize = 12;
 const _: () = assert!(limits::OPTIONS_LEN_MAX + 64 < 64 * 1024);
 
 impl Topics {
-    pub(super) fn on_publish(&mut self, from: Option<CoreId>, publish: AskPublish, turn: &mut Turn) {
+    pub(super) fn on_publish(&mut self, from: Option<CoreId>, publish: Box<AskPublish>, turn: &mut Turn) {
         turn.metrics.publishes_received.add(publish.qos, 1);
         if !self.parked.is_empty() && !self.draining {
             return self.parked.push_back((from, publish)); // behind those that came before it
@@ -21,7 +21,7 @@ impl Topics {
     }
 
     /// Stores or refuses a publish. `Err`: there is no segment for it yet, but there will be one.
-    fn take(&mut self, from: Option<CoreId>, publish: AskPublish, turn: &mut Turn) -> Result<(), AskPublish> {
+    fn take(&mut self, from: Option<CoreId>, publish: Box<AskPublish>, turn: &mut Turn) -> Result<(), Box<AskPublish>> {
         let remote = from.map(|core| (core, publish.weight() as u64));
         if self.draining {
             let text = match publish.version {
@@ -38,7 +38,7 @@ impl Topics {
         }
         match publish.qos {
             Qos::AtMostOnce => {
-                self.publish_memory(publish, remote, turn);
+                self.publish_memory(&publish, remote, turn);
                 Ok(())
             }
             Qos::AtLeastOnce => self.publish_stored(publish, remote, turn),
@@ -90,9 +90,9 @@ impl Topics {
         if ttl == Duration::ZERO { WallMs(0) } else { WallMs(from.saturating_add(ttl.as_millis().max(1))) }
     }
 
-    pub(super) fn publish_memory(&mut self, publish: AskPublish, remote: Option<(CoreId, u64)>, turn: &mut Turn) {
+    pub(super) fn publish_memory(&mut self, publish: &AskPublish, remote: Option<(CoreId, u64)>, turn: &mut Turn) {
         let now = turn.now.wall;
-        let expires = self.ttl_end(&publish, now);
+        let expires = self.ttl_end(publish, now);
         let topic = self.catalog.topic_named(&publish.topic).and_then(|id| self.catalog.topics.get_mut(&id));
         let mut outcome = Outcome::Stored { level: Durability::Memory, position: Lsn(0) };
         match topic {
@@ -144,12 +144,13 @@ impl Topics {
         // Indices, since a full queue is dispatched in between.
         for i in 0..topic.subs.len() {
             let Some(id) = self.catalog.topics.get(&topic_id).and_then(|t| t.subs.get(i).copied()) else { break };
-            if audience == Audience::AtMostOnce && self.catalog.subs.get(&id).is_some_and(|s| s.qos == Qos::AtLeastOnce)
-            {
-                continue;
+            // A subscription that began while the message waited for the log gets what came after it.
+            let wanted = |s: &subscription::Subscription| {
+                s.start <= queued.seq && (audience == Audience::All || s.qos == Qos::AtMostOnce)
+            };
+            if self.catalog.subs.get(&id).is_some_and(wanted) {
+                self.push_qos0(id, Queued { body: queued.body.clone(), ..queued }, turn);
             }
-            let copy = Queued { body: queued.body.clone(), ..queued };
-            self.push_qos0(id, copy, turn);
         }
     }
 
@@ -179,10 +180,10 @@ impl Topics {
     /// `Err`: the publish, since the log has no segment for it at this moment.
     fn publish_stored(
         &mut self,
-        publish: AskPublish,
+        publish: Box<AskPublish>,
         remote: Option<(CoreId, u64)>,
         turn: &mut Turn,
-    ) -> Result<(), AskPublish> {
+    ) -> Result<(), Box<AskPublish>> {
         let now = turn.now.wall;
         if let Some(reason) = &self.no_space {
             let text = Bytes::from(format!("storage full: {reason}"));
@@ -213,8 +214,7 @@ impl Topics {
         if publish.identity.as_ref().is_some_and(|identity| topic.dedup.is_duplicate(identity, now, window)) {
             turn.metrics.publishes_duplicate += 1;
             if publish.confirm {
-                let outcome = Outcome::Duplicate { level: self.commit.level(), position: self.log.appended() };
-                let waiter = Waiter::Confirm { conn: publish.conn, cid: publish.cid, outcome };
+                let waiter = Waiter::Duplicate { conn: publish.conn, cid: publish.cid };
                 self.wait(self.log.appended(), waiter, turn);
             }
             release_forward(remote, turn);
@@ -291,14 +291,14 @@ impl Topics {
         Ok(())
     }
 
-    /// Answers at once if everything up to `at` is durable enough already.
+    /// Answers at once if everything up to `at` is durable enough already, whoever else waits for what is not.
     pub(super) fn wait(&mut self, at: Lsn, waiter: Waiter, turn: &mut Turn) {
-        // Answers keep their order: nobody is answered before those who have waited for longer.
-        let at = self.waiting.back().map_or(at, |(before, _)| at.max(*before));
-        self.waiting.push_back((at, waiter));
         if at <= self.commit.ack_upto() {
-            self.advance(turn);
+            return self.let_go(at, waiter, turn);
         }
+        // In log order: who joins those who wait for an older place waits no shorter than the last of them.
+        let last = self.waiting.back().map_or(at, |(last, _)| at.max(*last));
+        self.waiting.push_back((last, waiter));
     }
 
     /// Bounded subscriptions: refuses, or gives up the oldest message.

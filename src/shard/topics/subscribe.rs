@@ -81,8 +81,8 @@ impl Topics {
         };
         let Some(topic) = self.catalog.topics.get(&sub.topic) else { return };
         sub.ends_at = None;
-        if matches!(sub.kind, Kind::Orphan { .. }) {
-            sub.restart_tags(topic);
+        if resumed && matches!(sub.kind, Kind::Orphan { .. }) {
+            sub.restart_tags(topic, topic.last_end > self.commit.ack_upto());
         }
         sub.consumers.push(subscription::Consumer {
             who,
