@@ -382,8 +382,6 @@ impl Topics {
     /// What the policy allows to be known leaves here: confirms, deliveries, answers.
     fn advance(&mut self, turn: &mut Turn) {
         let upto = self.commit.ack_upto();
-        #[cfg(feature = "planted-bugs")]
-        let upto = if self.settings.confirm_before_durable { self.log.appended() } else { upto };
         while self.waiting.front().is_some_and(|(at, _)| *at <= upto) {
             let Some((at, waiter)) = self.waiting.pop_front() else { break };
             self.let_go(at, waiter, turn);

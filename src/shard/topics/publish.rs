@@ -278,6 +278,14 @@ impl Topics {
             self.arm_expiry(id, turn);
         }
         let answer = publish.confirm.then_some((publish.conn, publish.cid));
+        #[cfg(feature = "planted-bugs")]
+        let answer = answer.filter(|(conn, cid)| {
+            let outcome = Outcome::Stored { level: Durability::Synced, position: end };
+            if self.settings.confirm_before_durable {
+                turn.tell(Tell::Confirm { conn: *conn, cid: *cid, outcome });
+            }
+            !self.settings.confirm_before_durable
+        });
         let waiter =
             Waiter::Stored { topic: id, seq, since: turn.now.mono, priority: publish.priority, answer, remote };
         self.waiting.push_back((end, waiter));
