@@ -121,7 +121,9 @@ fn crash(args: CrashArgs) -> Fallible<bool> {
         Identity::None => Identities::None,
         Identity::Mixed => Identities::Mixed,
     };
-    let planted = ("BLIPMQ_PLANTED_BUG".to_string(), "confirm-before-durable".to_string());
+    // A slow disk, too: on a fast one the time between confirm and write is shorter than it takes a client to be scheduled.
+    let planted = [("BLIPMQ_PLANTED_BUG", "confirm-before-durable"), ("BLIPMQ_PLANTED_SLOW_WRITE_MS", "20")]
+        .map(|(name, value)| (name.to_string(), value.to_string()));
     let workspace = broker::workspace(&std::env::current_exe()?)?;
     let options = Options {
         rounds: args.rounds,
@@ -135,7 +137,7 @@ fn crash(args: CrashArgs) -> Fallible<bool> {
         max_run_ms: args.max_run_ms,
         identities,
         patience: Duration::from_secs(args.patience_s),
-        extra: args.planted.then_some(planted).into_iter().collect(),
+        extra: args.planted.then_some(planted).into_iter().flatten().collect(),
         until: args.planted.then_some(Kind::Lost),
     };
     eprintln!("chaos: seed {seed}, broker {}", options.broker.display());

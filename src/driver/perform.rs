@@ -154,6 +154,8 @@ impl Core {
             }
             let core = self.clone();
             glommio::spawn_local(async move {
+                #[cfg(feature = "planted-bugs")]
+                slow_down().await;
                 let began = core.now_mono();
                 if let Err(error) = core.writer.write(&write).await {
                     fail_stop(&error);
@@ -185,6 +187,13 @@ impl Core {
             .detach();
         }
     }
+}
+
+/// A disk as slow as `BLIPMQ_PLANTED_SLOW_WRITE_MS` says: what is confirmed too early stays unwritten long enough to be lost.
+#[cfg(feature = "planted-bugs")]
+async fn slow_down() {
+    let ms = std::env::var("BLIPMQ_PLANTED_SLOW_WRITE_MS").ok().and_then(|ms| ms.parse().ok()).unwrap_or(0);
+    glommio::timer::sleep(std::time::Duration::from_millis(ms)).await;
 }
 
 /// Nobody knows what is on the disk now: nothing may be promised any more, and nothing tried again.
