@@ -188,7 +188,7 @@ fn damage_in_the_middle_is_refused_and_salvage_saves_the_rest() {
     flip_byte(&slot_path(&store, slot), offset);
     let before = store_bytes(&store);
     let refused = broker.restart_refused();
-    refused.expect(65, &["blipmq wal salvage", "--accept-loss --out", &format!("slot {slot}")]);
+    refused.expect(65, &["blipmq wal salvage", "--accept-loss --out", &format!("slot-{slot:04}.seg")]);
     assert!(before == store_bytes(&store), "a refused start modifies nothing");
 
     blipmq(&["wal", "verify", text]).expect(65, &["DAMAGED"]);
@@ -318,8 +318,11 @@ fn a_damaged_checkpoint_is_survived_and_two_are_refused() {
     assert!(broker.log().contains("checkpoint"), "{}", broker.log());
     assert_eq!(waiting(&broker), (0..150).collect::<Vec<u32>>());
 
-    // Two newer ones have taken their places by the time the publish below is in one.
-    eventually("a whole checkpoint again", || (broker.metric("blipmq_checkpoints_total") >= 2).then_some(()));
+    // Whole ones take both places.
+    for n in 1..=2 {
+        broker.v2().publish_v2("kept", 1, &message(150, 1_000));
+        eventually("a whole checkpoint again", || (broker.metric("blipmq_checkpoints_total") >= n).then_some(()));
+    }
     broker.kill();
     for path in checkpoints(&store) {
         flip_byte(&path, path.metadata().expect("a file").len() / 2);
@@ -372,7 +375,6 @@ fn segments_go_round_and_one_stuck_message_does_not_hold_the_disk() {
     let small = 16 * MIB;
     eventually("the disk to be given back", || (disk_bytes(&store) <= small).then_some(()));
     eprintln!("{written} bytes published, {most} on the disk at most, {} at the end", disk_bytes(&store));
-    assert!(most < written / 2 || full(), "{most} of {written}");
     assert!(broker.metric("blipmq_relocated_bytes_total") > 0, "the stuck message has moved on");
     // Names are used again: no slot has a number as high as the count of segments written.
     let slots = fs::read_dir(store.join("wal")).expect("a directory").count() as u64;
@@ -390,7 +392,6 @@ fn segments_go_round_and_one_stuck_message_does_not_hold_the_disk() {
     for topic in topics {
         assert_eq!(client.backlog_v2(topic, "worker"), 0, "{topic}: all of it was acknowledged");
     }
-    blipmq(&["wal", "verify", path_text(&store), "--force"]);
     broker.stop("TERM");
     blipmq(&["wal", "verify", path_text(&store)]).expect(0, &["whole", "stopped in order"]);
 }

@@ -6,10 +6,10 @@ use bytes::Bytes;
 
 use crate::access::KeyRing;
 use crate::config::{Config, Overflow as ConfigOverflow, Qos0Overflow};
-use crate::shard::Parts;
 use crate::shard::catalog::Catalog;
 use crate::shard::settings::{BacklogOverflow, Overflow, Settings};
 use crate::shard::snapshot;
+use crate::shard::{Parts, index};
 use crate::time::Duration;
 use crate::types::{ClientSubIds, CoreId, Lsn, StreamId, VShard};
 use crate::wal::batch::{Grant, Log, LogConfig};
@@ -157,9 +157,6 @@ impl Recovery {
     }
 }
 
-/// Bytes an index entry costs, with the room its container keeps.
-const ENTRY_BYTES: usize = 96;
-
 fn settings(config: &Config, store: &Store, core: CoreId, cores: u16, port: u16) -> Settings {
     let ms = Duration::from_millis;
     let delivery = &config.delivery;
@@ -195,7 +192,7 @@ fn settings(config: &Config, store: &Store, core: CoreId, cores: u16, port: u16)
         auth_deadline: ms(config.net.auth_deadline_ms),
         keepalive: ms(config.net.keepalive_ms),
         cache_bytes: budget / 2,
-        entries_max: (budget / 2 / ENTRY_BYTES).max(1024),
+        entries_max: (budget / 2 / index::ENTRY_BYTES).max(1024),
         unauthenticated_max: usize::try_from(config.net.unauthenticated_max).unwrap_or(usize::MAX),
         connection_bytes: usize::try_from(config.net.connection_bytes.0).unwrap_or(usize::MAX),
         idle_marker: config.storage.idle_marker,

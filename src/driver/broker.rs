@@ -1,6 +1,7 @@
 //! The whole broker: start every part in order, watch over them, stop them in order.
 
 use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
@@ -31,8 +32,8 @@ use crate::wal::store::{Store, StoreError};
 pub enum BrokerError {
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error(transparent)]
-    Start(#[from] StartError),
+    #[error("{source}{}", .source.advice(.path))]
+    Start { source: StartError, path: PathBuf },
     #[error("cannot listen on {addr}: {source}{}", in_use_advice(.source))]
     Listen { addr: SocketAddr, source: std::io::Error },
     #[error("core {core} did not start: {reason}. {}", preflight::IO_URING_ADVICE)]
@@ -56,7 +57,7 @@ impl BrokerError {
     pub fn exit_code(&self) -> i32 {
         match self {
             BrokerError::Store(error) => i32::from(error.exit_code()),
-            BrokerError::Start(error) => i32::from(error.exit_code()),
+            BrokerError::Start { source, .. } => i32::from(source.exit_code()),
             BrokerError::Listen { .. } => 69,
             BrokerError::Core { .. } | BrokerError::NotReady { .. } | BrokerError::Thread(_) => 71,
         }
@@ -101,7 +102,8 @@ impl Broker {
             }
         }
         let store = Arc::new(Store::open(&boot::store_options(config))?);
-        let recovery = boot::read_store(&store, config)?;
+        let recovery = boot::read_store(&store, config)
+            .map_err(|source| BrokerError::Start { source, path: store.dir().to_owned() })?;
         let clock = Clock::new(recovery.store.recovered.time);
         let keeper_config = KeeperConfig {
             cores,

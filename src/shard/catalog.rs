@@ -76,6 +76,7 @@ pub struct Stored {
     pub seq: Seq,
     pub at: LogRef,
     pub priority: u8,
+    pub stamp: u32,
     pub published: WallMs,
     pub expires: WallMs,
     pub not_before: WallMs,
@@ -302,6 +303,7 @@ impl Catalog {
                 at: stored.at,
                 refs,
                 priority: stored.priority,
+                stamp: stored.stamp,
                 expires: stored.expires,
                 not_before: stored.not_before,
             });
@@ -442,6 +444,7 @@ impl Stored {
             seq: p.seq,
             at,
             priority: p.priority,
+            stamp: 0,
             published: p.published,
             expires: p.expires,
             not_before: p.not_before,

@@ -14,11 +14,19 @@ pub struct Entry {
     /// Subscriptions that have not finished it. 0: dead, kept only because an older entry is in front of it.
     pub refs: u32,
     pub priority: u8,
+    /// Low bits of the microseconds since the broker started, when it was published: for statistics. (Fills padding.)
+    pub stamp: u32,
     /// 0: never.
     pub expires: WallMs,
     /// Not delivered before; 0: at once.
     pub not_before: WallMs,
 }
+
+/// What an entry costs, with the room its container keeps.
+pub const ENTRY_BYTES: usize = 64;
+const _: () = assert!(size_of::<Entry>() * 5 / 4 <= ENTRY_BYTES);
+/// An index that has room for no more entries keeps it.
+const KEPT_CAPACITY: usize = 4_096;
 
 /// Entries in ascending sequence; numbers may be missing (QoS0 messages take numbers, but no entry).
 #[derive(Debug, Default)]
@@ -94,6 +102,10 @@ impl Index {
         }
         self.live += 1;
         self.live_bytes += u64::from(entry.at.len);
+        if self.entries.len() == self.entries.capacity() {
+            // A quarter more: doubling would let a deep backlog take twice the memory it is counted with.
+            self.entries.reserve_exact(self.entries.len() / 4 + 16);
+        }
         if self.entries.back().is_none_or(|last| last.seq < entry.seq) {
             self.entries.push_back(entry);
             return;
@@ -145,8 +157,9 @@ impl Index {
         while self.entries.front().is_some_and(|e| e.refs == 0) {
             self.entries.pop_front();
         }
-        if self.entries.is_empty() && self.entries.capacity() > 4096 {
-            self.entries = VecDeque::new();
+        let capacity = self.entries.capacity();
+        if capacity > KEPT_CAPACITY && self.entries.len() < capacity / 4 {
+            self.entries.shrink_to(capacity / 2);
         }
         Some(at)
     }
@@ -181,7 +194,7 @@ mod tests {
 
     fn entry(seq: u64, refs: u32, expires: u64) -> Entry {
         let at = LogRef { slot: Slot(0), offset: seq as u32 * 100, len: 100 };
-        Entry { seq: Seq(seq), at, refs, priority: 0, expires: WallMs(expires), not_before: WallMs(0) }
+        Entry { seq: Seq(seq), at, refs, priority: 0, stamp: 0, expires: WallMs(expires), not_before: WallMs(0) }
     }
 
     proptest! {
@@ -217,6 +230,20 @@ mod tests {
             }
             if plain.is_empty() { prop_assert!(index.is_empty()); }
         }
+    }
+
+    #[test]
+    fn memory_follows_the_backlog() {
+        let mut index = Index::default();
+        for seq in 1..=100_000 {
+            index.insert(entry(seq, 1, 0));
+            assert!(index.entries.capacity() * size_of::<Entry>() <= index.len() * ENTRY_BYTES + 2048);
+        }
+        for seq in 1..=99_000 {
+            index.release(Seq(seq));
+        }
+        assert_eq!(index.len(), 1_000);
+        assert!(index.entries.capacity() <= 2 * KEPT_CAPACITY, "{}", index.entries.capacity());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use rustc_hash::FxHashMap;
 
 use crate::limits;
 use crate::protocol::reply::Body;
-use crate::protocol::request::Version;
+use crate::protocol::request::{TagRanges, Version};
 use crate::shard::index::Entry;
 use crate::shard::message;
 use crate::shard::ranges::Ranges;
@@ -89,6 +89,13 @@ pub struct Touched {
     pub last: Option<message::Consumer>,
 }
 
+impl Touched {
+    /// An acknowledgement or a reject of it means something.
+    fn is_delivered(&self) -> bool {
+        self.deliveries > 0 && self.state != State::Dying
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     InFlight {
@@ -107,6 +114,8 @@ pub enum State {
 #[derive(Debug)]
 pub struct Queued {
     pub seq: Seq,
+    /// As `Entry`'s.
+    pub stamp: u32,
     pub published: WallMs,
     pub expires: WallMs,
     pub body: Body,
@@ -451,12 +460,16 @@ impl Subscription {
         }
     }
 
-    /// A delivery has come to nothing (timeout or reject): counts as failed. Returns how often it has.
+    /// A delivery has come to nothing (timeout or reject): counts as failed, once, also if a reject comes after the timeout.
+    /// Returns how often it has.
     pub fn fail(&mut self, seq: Seq) -> u16 {
         let Some(touched) = self.touched.get_mut(&seq) else { return 0 };
-        touched.failures = touched.failures.saturating_add(1);
-        self.failed += 1;
-        let (failures, was, last) = (touched.failures, touched.state, touched.last);
+        let (was, last) = (touched.state, touched.last);
+        if matches!(was, State::InFlight { .. }) {
+            touched.failures = touched.failures.saturating_add(1);
+            self.failed += 1;
+        }
+        let failures = touched.failures;
         match was {
             State::InFlight { .. } => self.give_back_credit(last),
             State::Ready => _ = self.front.remove(&seq),
@@ -533,21 +546,34 @@ impl Subscription {
         }
     }
 
-    /// Sequences in `first..=last` that have been delivered and are not finished. A range takes what `who` had last;
-    /// a single tag names its message, whoever had it.
-    pub fn delivered_in(&self, first: Seq, last: Seq, who: message::Consumer) -> Vec<Seq> {
-        let mine = |seq: &Seq, t: &Touched| *seq >= first && *seq <= last && t.deliveries > 0 && t.last == Some(who);
-        if first == last {
-            let known = self.touched.get(&first).is_some_and(|t| t.deliveries > 0 && t.state != State::Dying);
-            return if known { vec![first] } else { Vec::new() };
+    /// What of `ranges` has been delivered and is not finished, in order, each once. A range takes what `who` had last; a
+    /// single tag names its message, whoever had it.
+    ///
+    /// Costs the lesser of what the ranges span and what is touched, however many ranges there are and however they overlap.
+    pub fn delivered_in(&self, ranges: &TagRanges, who: message::Consumer) -> Vec<Seq> {
+        let mut found = Vec::new();
+        let mut wide = Ranges::default();
+        let mut span = 0;
+        for (first, last) in &ranges.0 {
+            let (first, last) = (self.seq(*first), self.seq(*last));
+            if first == last {
+                found.extend(Some(first).filter(|seq| self.touched.get(seq).is_some_and(Touched::is_delivered)));
+            } else if last >= self.floor {
+                wide.insert_range(first.max(self.floor), last);
+            }
         }
-        let mut found: Vec<Seq> = if last.0 - first.0 < self.touched.len() as u64 {
-            (first.0..=last.0).map(Seq).filter(|s| self.touched.get(s).is_some_and(|t| mine(s, t))).collect()
+        let mine = |touched: &Touched| touched.is_delivered() && touched.last == Some(who);
+        for (first, last) in wide.iter() {
+            span = last.0.saturating_sub(first.0).saturating_add(1).saturating_add(span);
+        }
+        if span <= self.touched.len() as u64 {
+            let all = wide.iter().flat_map(|(first, last)| (first.0..=last.0).map(Seq));
+            found.extend(all.filter(|seq| self.touched.get(seq).is_some_and(mine)));
         } else {
-            self.touched.iter().filter(|(s, t)| mine(s, t)).map(|(s, _)| *s).collect()
-        };
-        found.retain(|s| self.touched[s].state != State::Dying);
+            found.extend(self.touched.iter().filter(|(seq, t)| mine(t) && wide.contains(**seq)).map(|(seq, _)| *seq));
+        }
         found.sort_unstable();
+        found.dedup();
         found
     }
 

@@ -117,8 +117,9 @@ pub struct KeeperHandle {
 
 /// Slots each core has from the start: the one it fills, and those in hand.
 const GRANTS_PER_CORE: usize = 1 + GRANTS_IN_HAND;
-/// Without two, a log takes no publish: the last one is for acknowledgements.
-const GRANTS_TO_START: usize = 2;
+/// A log that has no second one takes no publish, but acknowledgements, by which space comes back: so a broker that was killed
+/// on a full disk starts on it.
+const GRANTS_TO_START: usize = 1;
 /// Messages one core can have unread at the keeper: grants wanted, one snapshot, relocations, an urgent one and a stop.
 const INBOX_PER_CORE: usize = 64;
 /// Messages a core may leave unread before it counts as stuck; the keeper asks nothing more of a core than it has answered.
@@ -276,7 +277,11 @@ impl Keeper {
                 match granted {
                     Ok(Some(grant)) => grants[usize::from(core.0)].push(grant),
                     Err(error) if round < GRANTS_TO_START || !is_no_space(&error) => {
-                        return Err(io_at("make a segment in", &self.store.wal_dir())(error));
+                        let what = match is_no_space(&error) {
+                            true => "no room for a first segment; free some space, or move the store to a larger disk:",
+                            false => "make a segment in",
+                        };
+                        return Err(io_at(what, &self.store.wal_dir())(error));
                     }
                     // The core will ask.
                     Ok(None) | Err(_) => {}

@@ -214,6 +214,8 @@ struct World {
     number: u64,
     now: u64,
     sent: Vec<Vec<Sent>>,
+    /// By virtual shard: what was sent, was not promised, and went with a tail.
+    cut: Vec<Vec<Sent>>,
     next_id: u64,
     incarnation: u64,
     cores: Vec<Core>,
@@ -283,6 +285,7 @@ impl World {
             number: 0,
             now: 0,
             sent: vec![Vec::new(); usize::from(vshards)],
+            cut: vec![Vec::new(); usize::from(vshards)],
             next_id: 0,
             incarnation: 0,
             cores: Vec::new(),
@@ -389,7 +392,7 @@ impl World {
         for (nth, sent) in self.sent.iter_mut().enumerate() {
             let last = recovered.last_index[nth] as usize;
             promise!(last == 0 || !sent[last - 1].with_next, "half of a group survived");
-            sent.truncate(last);
+            self.cut[nth].extend(sent.drain(last.min(sent.len())..));
         }
         if self.rng.percent(20) {
             let again = self.restart(&self.disk.platter)?;
@@ -920,8 +923,11 @@ impl World {
         let recovered =
             recover(&self.shape, platter, chosen.checkpoint.as_ref(), Mode::Salvage, &mut |entry: Entry<'_>| {
                 let (Some(index), Record::Published(message)) = (entry.index, &entry.record) else { return };
-                let sent = self.sent[usize::from(entry.vshard.0)].get(index as usize - 1);
-                if sent.is_none_or(|sent| payload(sent.id, sent.len) != message.payload) {
+                let nth = usize::from(entry.vshard.0);
+                let is_it = |sent: &Sent| payload(sent.id, sent.len) == message.payload;
+                // Until the next run has said on the disk where this one ended, what was cut off may come back.
+                let sent = self.sent[nth].get(index as usize - 1).is_some_and(is_it);
+                if !sent && !self.cut[nth].iter().any(is_it) {
                     phantom = Some(format!("salvage invents {:?} {index}", entry.vshard));
                 }
             })

@@ -104,10 +104,6 @@ impl Recovered {
 
 /// A part of the log that was durable and is not readable any more.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error(
-    "stream {stream}: log positions {from}..{to} were durable and are lost (segment {sequence}, slot {slot:?}, \
-     offset {offset}: {class:?} bytes); {frames_before} frames before, {frames_after} after; virtual shards {vshards:?}"
-)]
 pub struct Damage {
     pub stream: StreamId,
     pub sequence: u64,
@@ -124,6 +120,34 @@ pub struct Damage {
     pub records_after: u64,
     /// Virtual shards seen in this stream before the damage.
     pub vshards: Vec<VShard>,
+}
+
+impl std::fmt::Display for Damage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.slot {
+            Some(Slot(slot)) => write!(f, "slot-{slot:04}.seg, offset {}: ", self.offset)?,
+            None => write!(f, "segment {} of stream {} is missing: ", self.sequence, self.stream)?,
+        }
+        let Damage { stream, sequence, from, to, frames_before, records_before, frames_after, records_after, .. } =
+            self;
+        write!(f, "stream {stream}, segment {sequence}, log positions {from} to {to} were durable, and here ")?;
+        f.write_str(match self.class {
+            BytesClass::Torn => "is a damaged batch",
+            BytesClass::Stale => "is what the file held in an earlier use",
+            BytesClass::Foreign => "is a batch of another place or store",
+            BytesClass::Zero => "are zeros, or the file of the next segment is missing",
+            BytesClass::Garbage => "is no batch at all",
+            BytesClass::SegmentEnd => "the segment ends; the file of the next one is missing",
+            BytesClass::Missing => "is no file",
+            BytesClass::Unreadable => "the disk gives nothing",
+        })?;
+        write!(
+            f,
+            "; before it {frames_before} batches with {records_before} records are whole, after it {frames_after} with \
+             {records_after}; virtual shards of this stream:"
+        )?;
+        self.vshards.iter().try_for_each(|vshard| write!(f, " {}", vshard.0))
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -573,8 +597,12 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
             if self.mode == Mode::Strict {
                 return Err(RecoveryError::Corrupt(Box::new(damage)));
             }
-            let next = self.next_whole(plan, &at, must_reach)?;
-            damage.to = next.map_or(must_reach, |next| next.end.min(must_reach));
+            // The last batches of the last run are confirmed before anything on the disk says that they are durable. In an earlier
+            // run, what nobody says it of was cut off, and its indexes may have been given again.
+            let last_run = plan.sealed.is_none() && stream.incarnation == self.out.incarnation_max;
+            let before = if last_run { Lsn(u64::MAX) } else { must_reach };
+            let next = self.next_whole(plan, &at, before)?;
+            damage.to = next.map_or(must_reach, |next| next.end);
             self.fail(RecoveryError::Corrupt(Box::new(damage)))?;
             match next {
                 Some(next) => at = next,
@@ -712,8 +740,7 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
         Ok(tail)
     }
 
-    /// Where the log can be read again behind damage at the cursor, if that is below `before`: what was not durable and does not
-    /// follow what was is no part of the log.
+    /// Where the log can be read again behind damage at the cursor, if that is below `before`.
     fn next_whole(&mut self, plan: &Plan, at: &Cursor, before: Lsn) -> Result<Option<Cursor>, RecoveryError> {
         let size = self.shape.segment_size;
         for (&sequence, &segment) in plan.segments.range(at.sequence..) {

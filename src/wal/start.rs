@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::time::Instant;
 
 use super::checkpoint::{self, Checkpoint, ChooseError};
@@ -44,9 +45,9 @@ enum AtStart {
 pub enum StartError {
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("{0}; to save what is whole: `blipmq wal salvage DIR --accept-loss --out NEW_DIR`")]
+    #[error(transparent)]
     Recovery(#[from] RecoveryError),
-    #[error("{0}; to save what is whole: `blipmq wal salvage DIR --accept-loss --out NEW_DIR`")]
+    #[error(transparent)]
     Checkpoints(#[from] ChooseError),
     /// The checkpoint is whole, but whoever loads the states cannot read one of them.
     #[error("{0}")]
@@ -54,6 +55,18 @@ pub enum StartError {
 }
 
 impl StartError {
+    /// What to do about the store in `dir`: a clause to add.
+    pub fn advice(&self, dir: &Path) -> String {
+        match self {
+            StartError::Store(_) | StartError::State(_) => String::new(),
+            StartError::Recovery(_) | StartError::Checkpoints(_) => format!(
+                ". Nothing was changed. To save what is whole: `blipmq wal salvage {0} --accept-loss --out {0}.saved`, then \
+                 start with that as wal_path",
+                dir.display()
+            ),
+        }
+    }
+
     /// As [`StoreError::exit_code`]; whatever recovery refuses is 65, unreadable parts of the log too: they are no end of it.
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -151,7 +164,7 @@ pub fn recover(
         slots,
     };
     let Recovered { truncated, frames, records, clean, .. } = &out.recovered;
-    tracing::info!(
+    tracing::debug!(
         frames,
         records,
         clean,
@@ -203,7 +216,6 @@ fn is_done(segment: &Segment, checkpoint: &Checkpoint, segment_size: u32) -> boo
 #[cfg(test)]
 pub(super) mod tests {
     use std::os::unix::fs::FileExt;
-    use std::path::Path;
 
     use super::*;
     use crate::time::WallMs;
@@ -283,7 +295,8 @@ pub(super) mod tests {
         assert_eq!(error.exit_code(), 65);
         let StartError::Recovery(RecoveryError::Corrupt(damage)) = &error else { panic!("{error}") };
         assert_eq!((damage.slot, damage.sequence, damage.class), (Some(Slot(1)), 1, BytesClass::Torn));
-        assert!(damage.offset <= 500_000 && error.to_string().contains("salvage"), "{error}");
+        assert!(damage.offset <= 500_000 && error.to_string().contains("slot-0001.seg"), "{error}");
+        assert!(error.advice(Path::new("/s")).contains("blipmq wal salvage /s --accept-loss"), "{error}");
     }
 
     #[test]

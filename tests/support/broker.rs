@@ -57,6 +57,12 @@ impl Broker {
         Broker { process, dir, env, port, metrics_port }
     }
 
+    /// The same with at most so many open files.
+    pub fn start_limited(env: &[(&str, &str)], files: u32) -> Broker {
+        let files = files.to_string();
+        Broker::start(&[env, &[(OPEN_FILES, &files)]].concat())
+    }
+
     /// `blipmqd --check-config` with these settings.
     pub fn check_config(env: &[(&str, &str)]) -> Output {
         let mut command = Command::new(program("blipmqd"));
@@ -236,8 +242,15 @@ fn spawn_until_ready(dir: &Path, env: &[(String, String)]) -> (Process, u16, u16
     panic!("blipmqd does not start:\n{}", log(dir));
 }
 
+/// Not for the broker: for the shell that starts it.
+const OPEN_FILES: &str = "TEST_OPEN_FILES";
+
 fn command(dir: &Path, env: &[(String, String)], port: u16, metrics_port: u16) -> Command {
     let mut command = Command::new(program("blipmqd"));
+    if let Some((_, files)) = env.iter().find(|(name, _)| name == OPEN_FILES) {
+        command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -n {files} && exec \"$0\"")]).arg(program("blipmqd"));
+    }
     command
         .env_clear()
         .env("RUST_BACKTRACE", "1")

@@ -37,6 +37,14 @@ pub enum Said {
 }
 
 impl Client {
+    /// `false`: the broker refuses, or hangs up.
+    pub fn try_login_v2(&mut self, key: &str) -> bool {
+        if !self.try_send(&frame(0x01, 1, &[0, 2])) || self.try_recv().is_none() {
+            return false;
+        }
+        self.try_send(&frame(0x02, 2, &string(key))) && self.try_recv().is_some_and(|frame| frame.frame_type == 0x11)
+    }
+
     /// The next thing said. `None`: the broker has hung up.
     pub fn hear(&mut self) -> Option<Said> {
         loop {

@@ -3,8 +3,9 @@
 
 use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
+use std::time::Instant;
 
-use support::{Broker, Client, KEY, string};
+use support::{Broker, Client, KEY, PATIENCE, string};
 
 /// One connection, logged in.
 pub struct V2 {
@@ -283,6 +284,8 @@ impl V2 {
     /// The next of those that `pick` takes; everything else is kept, in order.
     pub fn want<T>(&mut self, mut pick: impl FnMut(&Got) -> Option<T>) -> T {
         let mut looked_at = 0;
+        // The broker's PINGs alone would keep a vain wait alive.
+        let deadline = Instant::now() + PATIENCE;
         loop {
             while looked_at < self.kept.len() {
                 if let Some(found) = pick(&self.kept[looked_at]) {
@@ -291,6 +294,7 @@ impl V2 {
                 }
                 looked_at += 1;
             }
+            assert!(Instant::now() < deadline, "in vain; what came: {:?}", self.kept);
             self.read();
         }
     }

@@ -101,7 +101,6 @@ fn the_ledger_balances_after_every_kind_of_traffic() {
         client.ack_silently(durable, &[(1, u64::MAX)]);
         // Too late by all means: acknowledged though redelivered to nobody.
         client.ack_silently(durable, &[(3, 3)]);
-        client.store(&Publish::to(topic, "expires").ttl(1));
         client.store(&Publish::to(topic, "delayed").delay(600_000));
         // Refused: the idle queue is full.
         for _ in 0..120 {
@@ -132,6 +131,7 @@ fn the_ledger_balances_after_every_kind_of_traffic() {
     for topic in &topics {
         for name in ["idle", "d"] {
             let back = client.subscribe(&Subscribe::to(topic).durable(name).credit(65_535));
+            // One is delayed for longer than this test lasts.
             for _ in 1..back.backlog {
                 let delivered = client.delivery(back.sub);
                 client.ack_silently(back.sub, &[(delivered.tag, delivered.tag)]);
@@ -224,6 +224,31 @@ fn a_consumer_that_never_reads_does_not_fill_the_memory() {
         deaf.expect_nothing(sub);
     }
     assert_eq!(Ledger::expect_balance(&broker).sum("queue_waiting"), 0);
+}
+
+/// The time between publish and delivery used to be counted in whole milliseconds, most of them 0.
+#[test]
+fn publish_to_deliver_is_finer_than_a_millisecond() {
+    let broker = Broker::start(&[]);
+    let mut client = V2::connect(&broker);
+    for topic in client.near_and_far("fine") {
+        let sub = client.sub(&Subscribe::to(&topic));
+        for qos in [1, 1, 1, 0] {
+            client.store(&Publish::to(&topic, "m").qos(qos));
+            client.delivery(sub);
+        }
+    }
+    let (_, text) = broker.http("GET", "/metrics");
+    let of = |name: &str| -> Vec<f64> {
+        let lines =
+            text.lines().filter(|line| line.starts_with(&format!("blipmq_publish_to_deliver_seconds_{name}{{")));
+        lines.map(|line| line.rsplit_once(' ').expect("name and value").1.parse().expect("a number")).collect()
+    };
+    assert_eq!(of("count"), [4.0, 4.0]);
+    for sum in of("sum") {
+        assert!(sum > 0.0 && sum < PATIENCE.as_secs_f64(), "{sum}");
+        assert!((sum * 1e3).fract() != 0.0, "{sum} is whole milliseconds");
+    }
 }
 
 #[test]

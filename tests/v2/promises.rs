@@ -62,16 +62,16 @@ fn g05_the_log_shrinks_when_its_messages_are_done() {
     let mut client = V2::connect(&broker);
     let topics = client.near_and_far("g05");
     let subs = topics.each_ref().map(|topic| client.sub(&Subscribe::to(topic).durable("d")));
-    for round in 0..240 {
+    for round in 0..480 {
         let (topic, sub) = (&topics[round % 2], subs[round % 2]);
         client.store(&Publish::to(topic, vec![7; MIB as usize]));
         let delivered = client.delivery(sub);
         client.ack(&delivered);
     }
-    // 240 MiB went through segments of 32 MiB; each core keeps the one it writes and a spare one or two.
+    // 480 MiB went through segments of 32 MiB; each core keeps the one it writes and a few that are ready.
     eventually("old segments to go or to be used again", || {
         let size = du(&broker.store());
-        (size < 224 * MIB).then_some(())
+        (size <= 288 * MIB).then_some(())
     });
 }
 
@@ -341,6 +341,7 @@ fn both_dialects_share_topics() {
         let (strong, weak) = (old.subscribe(&topic, 1), old.subscribe(&topic, 0));
         let sub = new.sub(&Subscribe::to(&topic).durable("d"));
         old.publish(&topic, 1, b"from v1");
+        assert_eq!(new.delivery(sub).text(), "from v1");
         new.store(&Publish::to(&topic, "from v2").header("k", b"v").priority(0).id("x"));
         new.store(&Publish::to(&topic, "urgent").priority(9));
         for text in ["from v1", "from v2", "urgent"] {
@@ -352,9 +353,8 @@ fn both_dialects_share_topics() {
             assert_eq!(got.message, text.as_bytes());
             old.ack(strong, got.tag);
         }
-        let mut got: Vec<String> = (0..3).map(|_| new.delivery(sub).text().to_owned()).collect();
-        got.sort();
-        assert_eq!(got, ["from v1", "from v2", "urgent"]);
+        let got: Vec<String> = (0..2).map(|_| new.delivery(sub).text().to_owned()).collect();
+        assert_eq!(got, ["from v2", "urgent"]);
         new.ack_silently(sub, &[(1, u64::MAX)]);
 
         // A v2 publisher's life and delay hold for a v1 consumer.

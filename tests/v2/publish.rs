@@ -312,6 +312,8 @@ fn what_nobody_asks_for_expires_by_itself_and_over_a_restart() {
         assert_eq!(client.delivery(sub).text(), "stays");
         client.expect_nothing(sub);
     }
+    let ledger = crate::ledger::Ledger::expect_balance(&broker);
+    assert_eq!(ledger.sum("queue_waiting"), 2);
 }
 
 #[test]

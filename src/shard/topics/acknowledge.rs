@@ -39,11 +39,9 @@ impl Topics {
 
     pub(super) fn on_ack(&mut self, who: Consumer, id: SubId, tags: &TagRanges, answer: AckAnswer, turn: &mut Turn) {
         let mut known = 0;
-        for (first, last) in &tags.0 {
-            for seq in self.delivered_in(id, *first, *last, who) {
-                self.finish(id, seq, true);
-                known += 1;
-            }
+        for seq in self.delivered_in(id, tags, who) {
+            self.finish(id, seq, true);
+            known += 1;
         }
         if let Some(sub) = self.catalog.subs.get_mut(&id) {
             sub.acked += known;
@@ -69,11 +67,8 @@ impl Topics {
         }
     }
 
-    pub(super) fn delivered_in(&self, id: SubId, first: DeliveryTag, last: DeliveryTag, who: Consumer) -> Vec<Seq> {
-        match self.catalog.subs.get(&id) {
-            Some(sub) => sub.delivered_in(sub.seq(first), sub.seq(last), who),
-            None => Vec::new(),
-        }
+    pub(super) fn delivered_in(&self, id: SubId, tags: &TagRanges, who: Consumer) -> Vec<Seq> {
+        self.catalog.subs.get(&id).map_or_else(Vec::new, |sub| sub.delivered_in(tags, who))
     }
 
     pub(super) fn on_reject(
@@ -84,10 +79,8 @@ impl Topics {
         action: RejectAction,
         turn: &mut Turn,
     ) {
-        for (first, last) in &tags.0 {
-            for seq in self.delivered_in(id, *first, *last, who) {
-                self.failed(id, seq, Some(action), turn);
-            }
+        for seq in self.delivered_in(id, tags, who) {
+            self.failed(id, seq, Some(action), turn);
         }
         self.mark(id);
     }

@@ -13,7 +13,10 @@ impl Topics {
                 self.pop_dying(id);
                 continue;
             };
-            if !self.settings.dead_letter || self.settings.dead_letter_suffix.is_empty() {
+            let suffix = &self.settings.dead_letter_suffix;
+            // Nobody could subscribe to a topic of a longer name than that.
+            let has_name = !suffix.is_empty() && topic.name.len() + suffix.len() <= limits::TOPIC_NAME_MAX;
+            if !self.settings.dead_letter || !has_name {
                 self.pop_dying(id);
                 self.finish(id, seq, true);
                 turn.metrics.lost.add(Loss::RetriesExhausted, 1);
@@ -51,13 +54,16 @@ impl Topics {
         let headers = |options: OptionsBuilder| {
             options
                 .header("blipmq-reason", death.label().as_bytes())
-                .header("blipmq-source-topic", &topic.name)
                 .header("blipmq-attempts", failures.to_string().as_bytes())
-                .finish()
         };
-        // Options that leave no room for ours are given up; the message is not.
-        let options = headers(OptionsBuilder::new().entries(body.options()))
-            .or_else(|_| headers(OptionsBuilder::new()))
+        let with_source = |options| headers(options).header("blipmq-source-topic", &topic.name).finish();
+        // What leaves no room is given up: the name of the topic first, which the dead-letter topic's own name has in it,
+        // then the message's own options; never the message.
+        let own = || OptionsBuilder::new().entries(body.options());
+        let options = with_source(own())
+            .or_else(|_| headers(own()).finish())
+            .or_else(|_| with_source(OptionsBuilder::new()))
+            .or_else(|_| headers(OptionsBuilder::new()).finish())
             .unwrap_or_default();
         let mut name = BytesMut::from(&topic.name[..]);
         name.extend_from_slice(&self.settings.dead_letter_suffix);
@@ -102,8 +108,16 @@ impl Topics {
             let record = Record::Acked { sub: id.index, ranges: vec![(seq, seq)] };
             self.append(vshard, &record, Class::Control, now)?;
         }
-        let stored =
-            Stored { seq: dead_seq, at, priority: 0, published: now, expires, not_before: WallMs(0), identity: None };
+        let stored = Stored {
+            seq: dead_seq,
+            at,
+            priority: 0,
+            stamp: turn.now.mono.stamp(),
+            published: now,
+            expires,
+            not_before: WallMs(0),
+            identity: None,
+        };
         let refs = self.catalog.store(dead, &stored, self.settings.dedup_window);
         turn.metrics.queue_in += u64::from(refs);
         let mut memory = None;
@@ -111,7 +125,7 @@ impl Topics {
             topic.last_end = end;
             if topic.has_qos0_subs() {
                 let body = make_body(&options, body.payload());
-                memory = Some(Queued { seq: dead_seq, published: now, expires, body });
+                memory = Some(Queued { seq: dead_seq, stamp: turn.now.mono.stamp(), published: now, expires, body });
             }
         }
         self.waiting.push_back((

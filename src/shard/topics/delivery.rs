@@ -70,6 +70,7 @@ impl Topics {
                         qos: Qos::AtMostOnce,
                         attempt: 1,
                         redelivered: false,
+                        stamp: queued.stamp,
                         published: queued.published,
                         body: queued.body,
                     };
@@ -101,7 +102,8 @@ impl Topics {
                         turn.metrics.redelivered += 1;
                     }
                     let qos = Qos::AtLeastOnce;
-                    let message = Outgoing { seq: entry.seq, qos, attempt, redelivered, published, body };
+                    let stamp = entry.stamp;
+                    let message = Outgoing { seq: entry.seq, qos, attempt, redelivered, stamp, published, body };
                     deliver(sub, topic, index, message, turn);
                 }
             }

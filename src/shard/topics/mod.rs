@@ -36,7 +36,7 @@ use crate::shard::snapshot;
 use crate::shard::subscription::{self, Death, Kind, Pick, Poll, Queued};
 use crate::shard::timers::{Timer, Timers};
 use crate::time::{Duration, Instant, Now, WallMs};
-use crate::types::{ConnId, CoreId, DeliveryTag, Durability, LogRef, Lsn, Qos, Seq, Slot, SubId, TopicId, VShard};
+use crate::types::{ConnId, CoreId, Durability, LogRef, Lsn, Qos, Seq, Slot, SubId, TopicId, VShard};
 use crate::wal::batch::{AppendError, Class, Grant, Log, Write};
 use crate::wal::commit::Commit;
 use crate::wal::record::{IdentityRef, Published, Record, published_message};
@@ -144,7 +144,7 @@ pub struct Topics {
     no_space: Option<String>,
     /// Publishes that wait for a segment, and what came behind them. While there are some the core counts as behind, so that
     /// no more are read: what is here was accepted before, and is bounded by that.
-    parked: VecDeque<(Option<CoreId>, AskPublish)>,
+    parked: VecDeque<(Option<CoreId>, Box<AskPublish>)>,
     draining: bool,
     /// The log has its last frame: nothing may follow it.
     finished: bool,
@@ -226,8 +226,9 @@ impl Topics {
     fn restore_urgent(&mut self, id: SubId, now: Now) {
         let Some(sub) = self.catalog.subs.get_mut(&id) else { return };
         let Some(topic) = self.catalog.topics.get(&sub.topic) else { return };
-        // What is not durable yet comes when it becomes visible.
-        for entry in topic.index.live_from(sub.floor).filter(|e| e.priority > 0 && e.seq <= topic.visible) {
+        // What is not visible yet comes by `make_visible`.
+        for entry in topic.index.live_from(sub.floor).take_while(|e| e.seq <= topic.visible).filter(|e| e.priority > 0)
+        {
             sub.push_urgent(entry, now);
         }
     }
@@ -456,7 +457,7 @@ impl Topics {
     pub fn on_ask(&mut self, from: Option<CoreId>, ask: Ask, turn: &mut Turn) {
         let remote = from.map(|core| (core, 0));
         match ask {
-            Ask::Publish(publish) => return self.on_publish(from, *publish, turn),
+            Ask::Publish(publish) => return self.on_publish(from, publish, turn),
             Ask::Subscribe(subscribe) => self.on_subscribe(*subscribe, turn),
             Ask::Poll { who, sub, cid } => self.on_poll(who, sub, cid, turn),
             Ask::Ack { who, sub, tags, answer } => self.on_ack(who, sub, &tags, answer, turn),
@@ -492,6 +493,8 @@ impl Topics {
 pub const DEAD_LETTERS_NAME: &[u8] = b"dead-letters";
 /// Expired messages are cleared away at most this often.
 const EXPIRY_STEP_MS: u64 = 200;
+/// A wait longer than an hour is measured in milliseconds.
+const STAMP_GOOD_FOR_MS: u64 = 3_600_000;
 /// Messages copied per turn while a segment is being emptied.
 const RELOCATIONS_PER_TURN: usize = 256;
 
@@ -510,6 +513,7 @@ struct Outgoing {
     qos: Qos,
     attempt: u16,
     redelivered: bool,
+    stamp: u32,
     published: WallMs,
     body: Body,
 }
@@ -525,8 +529,11 @@ fn deliver(
     sub.delivered += 1;
     turn.metrics.delivered.add(message.qos, 1);
     if message.attempt == 1 && !message.redelivered {
-        let waited = turn.now.wall.0.saturating_sub(message.published.0);
-        turn.metrics.publish_to_deliver.record(waited * 1_000_000);
+        let waited_ms = turn.now.wall.0.saturating_sub(message.published.0);
+        // The stamp is fine, but goes round in 71 minutes.
+        let fine = Duration(u64::from(turn.now.mono.stamp().wrapping_sub(message.stamp)) * 1000);
+        let waited = if waited_ms < STAMP_GOOD_FOR_MS { fine } else { Duration::from_millis(waited_ms) };
+        turn.metrics.publish_to_deliver.record(waited.0);
     }
     let consumer = &mut sub.consumers[index];
     consumer.under_way_messages += 1;

@@ -10,7 +10,7 @@ const V1_DELIVERY_HEADER: usize = 12;
 const _: () = assert!(limits::OPTIONS_LEN_MAX + 64 < 64 * 1024);
 
 impl Topics {
-    pub(super) fn on_publish(&mut self, from: Option<CoreId>, publish: AskPublish, turn: &mut Turn) {
+    pub(super) fn on_publish(&mut self, from: Option<CoreId>, publish: Box<AskPublish>, turn: &mut Turn) {
         turn.metrics.publishes_received.add(publish.qos, 1);
         if !self.parked.is_empty() && !self.draining {
             return self.parked.push_back((from, publish)); // behind those that came before it
@@ -21,7 +21,7 @@ impl Topics {
     }
 
     /// Stores or refuses a publish. `Err`: there is no segment for it yet, but there will be one.
-    fn take(&mut self, from: Option<CoreId>, publish: AskPublish, turn: &mut Turn) -> Result<(), AskPublish> {
+    fn take(&mut self, from: Option<CoreId>, publish: Box<AskPublish>, turn: &mut Turn) -> Result<(), Box<AskPublish>> {
         let remote = from.map(|core| (core, publish.weight() as u64));
         if self.draining {
             let text = match publish.version {
@@ -38,7 +38,7 @@ impl Topics {
         }
         match publish.qos {
             Qos::AtMostOnce => {
-                self.publish_memory(publish, remote, turn);
+                self.publish_memory(&publish, remote, turn);
                 Ok(())
             }
             Qos::AtLeastOnce => self.publish_stored(publish, remote, turn),
@@ -90,9 +90,9 @@ impl Topics {
         if ttl == Duration::ZERO { WallMs(0) } else { WallMs(from.saturating_add(ttl.as_millis().max(1))) }
     }
 
-    pub(super) fn publish_memory(&mut self, publish: AskPublish, remote: Option<(CoreId, u64)>, turn: &mut Turn) {
+    pub(super) fn publish_memory(&mut self, publish: &AskPublish, remote: Option<(CoreId, u64)>, turn: &mut Turn) {
         let now = turn.now.wall;
-        let expires = self.ttl_end(&publish, now);
+        let expires = self.ttl_end(publish, now);
         let topic = self.catalog.topic_named(&publish.topic).and_then(|id| self.catalog.topics.get_mut(&id));
         let mut outcome = Outcome::Stored { level: Durability::Memory, position: Lsn(0) };
         match topic {
@@ -111,7 +111,8 @@ impl Topics {
                     turn.metrics.published.add(Qos::AtMostOnce, 1);
                     topic.published += 1;
                     let body = make_body(&publish.options, &publish.payload);
-                    let queued = Queued { seq: topic.take_seq(), published: now, expires, body };
+                    let queued =
+                        Queued { seq: topic.take_seq(), stamp: turn.now.mono.stamp(), published: now, expires, body };
                     let (id, behind) = (topic.id, topic.last_end > self.commit.ack_upto());
                     if !behind {
                         self.enqueue_qos0(id, queued, Audience::All, turn);
@@ -182,10 +183,10 @@ impl Topics {
     /// `Err`: the publish, since the log has no segment for it at this moment.
     fn publish_stored(
         &mut self,
-        publish: AskPublish,
+        publish: Box<AskPublish>,
         remote: Option<(CoreId, u64)>,
         turn: &mut Turn,
-    ) -> Result<(), AskPublish> {
+    ) -> Result<(), Box<AskPublish>> {
         let now = turn.now.wall;
         if let Some(reason) = &self.no_space {
             let text = Bytes::from(format!("storage full: {reason}"));
@@ -261,6 +262,7 @@ impl Topics {
             seq,
             at,
             priority: publish.priority,
+            stamp: turn.now.mono.stamp(),
             published: now,
             expires,
             not_before,
@@ -286,7 +288,7 @@ impl Topics {
             // For QoS0 subscriptions it is a QoS0 message, but not before it is as durable as promised.
             let body = make_body(&publish.options, &publish.payload);
             self.waiting_qos0_bytes += body.0.len();
-            let queued = Queued { seq, published: now, expires, body };
+            let queued = Queued { seq, stamp: turn.now.mono.stamp(), published: now, expires, body };
             self.waiting.push_back((end, Waiter::Memory { topic: id, queued, audience: Audience::AtMostOnce }));
         }
         Ok(())
