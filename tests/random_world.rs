@@ -22,7 +22,7 @@ use blipmq::wal::commit::FsyncPolicy;
 use bytes::Bytes;
 use house::{Crash, House, KEY, Plan, Said};
 
-const SEEDS: u64 = 300;
+const SEEDS: u64 = 120;
 const STEPS: usize = 700;
 const TOPICS: [&str; 5] = ["orders", "news", "jobs", "metrics", "audit"];
 
