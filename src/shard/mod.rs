@@ -34,9 +34,6 @@ pub mod topic;
 /// Publish, acknowledge, deliver, dead-letter.
 pub mod topics;
 
-#[cfg(test)]
-mod tests;
-
 use std::collections::VecDeque;
 use std::sync::Arc;
 

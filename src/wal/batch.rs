@@ -384,6 +384,15 @@ impl Log {
         self.lsn_in(&self.open, self.open.end_offset())
     }
 
+    /// As `appended`, and whatever is appended from now on lies behind it: nothing joins the open frame any more, whose last
+    /// block may have room left.
+    pub fn cut(&mut self) -> Lsn {
+        if !self.open.is_empty() {
+            self.seal();
+        }
+        self.appended()
+    }
+
     /// The position behind the last write taken.
     pub fn taken(&self) -> Lsn {
         self.prev_end
@@ -688,6 +697,16 @@ mod tests {
         }
         assert_eq!(kinds, [FrameKind::Recovery, FrameKind::Marker, FrameKind::Clean]);
         assert_eq!(log.unwritten_bytes(), 0);
+    }
+
+    #[test]
+    fn what_is_appended_after_a_cut_lies_behind_it() {
+        let mut log = log(SIZE);
+        let before = publish(&mut log, b"x").unwrap();
+        assert_eq!(publish(&mut log, b"x").unwrap().end, before.end, "one block holds both");
+        let cut = log.cut();
+        assert_eq!((cut, log.cut()), (before.end, cut));
+        assert!(publish(&mut log, b"x").unwrap().end > cut);
     }
 
     #[test]

@@ -124,7 +124,10 @@ impl Topics {
                         // It must not overtake the stored messages in front of it.
                         self.waiting_qos0_bytes += queued.body.0.len();
                         let waiter = Waiter::Memory { topic: id, queued, audience: Audience::All };
-                        self.waiting.push_back((self.log.appended(), waiter));
+                        let end = self.log.appended();
+                        self.waiting.push_back((end, waiter));
+                        // That may be further than the last stored message; the next one must not overtake this one.
+                        topic.last_end = end;
                     }
                 }
             }

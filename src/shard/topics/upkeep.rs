@@ -155,7 +155,8 @@ impl Topics {
 
     /// This core's part of a checkpoint: leaves as soon as everything in it is durable.
     pub fn take_snapshot(&mut self, force: bool, turn: &mut Turn) {
-        let covered = self.log.appended();
+        // Not just what is appended: later records that share its last block would count as covered, and go with its segment.
+        let covered = self.log.cut();
         if covered == self.snapshot_covered && !force {
             return turn.effects.to_keeper.push(ForKeeper::Unchanged);
         }
