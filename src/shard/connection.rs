@@ -6,7 +6,7 @@
 //! A v1 client is answered strictly one request after the other (V1 2.3): while a SUBSCRIBE, POLL or ACK is at its topic,
 //! the requests behind it wait. A v2 client's requests only wait for room.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -56,6 +56,10 @@ struct Connection {
     untold: bool,
     heard: Instant,
     pings: u32,
+    /// v1: the cores that have acknowledgements or QoS1 publishes of this connection that no PONG has vouched for.
+    unvouched: BTreeSet<CoreId>,
+    /// v1: the PING that waits for them, and how many have not answered.
+    barrier: Option<(u64, usize)>,
     timer: Option<Instant>,
     /// The AUTH that is first in line has waited its time.
     penalty_served: bool,
@@ -155,6 +159,8 @@ impl Connections {
             untold: false,
             heard: desk.now.mono,
             pings: 0,
+            unvouched: BTreeSet::new(),
+            barrier: None,
             timer: None,
             penalty_served: false,
             closing: false,
@@ -379,6 +385,15 @@ impl Connections {
         let connection = self.all.get_mut(&id)?;
         let version = connection.version.unwrap_or(Version::V1);
         match kind {
+            RequestKind::Ping if version == Version::V1 && !connection.unvouched.is_empty() => {
+                // v1 confirms neither publishes nor acknowledgements; a PONG at least comes after they are safe.
+                let cores = std::mem::take(&mut connection.unvouched);
+                connection.barrier = Some((cid, cores.len()));
+                connection.stall = Some(Stall::Answer);
+                for core in cores {
+                    self.send(core, Ask::Barrier { conn: id }, desk);
+                }
+            }
             RequestKind::Ping => desk.effects.replies.push((id, version, Reply::Pong { cid })),
             RequestKind::Publish(publish) => return self.publish(id, cid, publish, desk),
             RequestKind::Subscribe(subscribe) => self.subscribe(id, cid, subscribe, desk),
@@ -399,6 +414,7 @@ impl Connections {
                 let answer = match version {
                     Version::V1 => {
                         connection.stall = Some(Stall::Answer);
+                        connection.unvouched.insert(core);
                         AckAnswer::V1 { cid }
                     }
                     Version::V2 if confirm => AckAnswer::Confirm { cid },
@@ -469,6 +485,9 @@ impl Connections {
             connection.stall = Some(Stall::Room(core));
             self.room_wanted[usize::from(core.0)].push_back(id);
             return Some(Request { cid, kind: RequestKind::Publish(publish) });
+        }
+        if version == Version::V1 && publish.qos == Qos::AtLeastOnce {
+            connection.unvouched.insert(core);
         }
         let ask = AskPublish {
             conn: id,
@@ -610,6 +629,16 @@ impl Connections {
             Tell::Error { cid, code, text, .. } => Reply::Error { cid, code, text },
             Tell::Ok { cid, .. } => Reply::Ok { cid },
             Tell::Settled { .. } => return self.settled(id, desk),
+            Tell::Passed { .. } => {
+                let Some((cid, left)) = connection.barrier else { return };
+                if left > 1 {
+                    connection.barrier = Some((cid, left - 1));
+                    return;
+                }
+                connection.barrier = None;
+                desk.effects.replies.push((id, version, Reply::Pong { cid }));
+                return self.settled(id, desk);
+            }
             Tell::Ended { who } => {
                 connection.subs.remove(&who.sub);
                 if version == Version::V1 {

@@ -43,6 +43,10 @@ pub enum Ask {
         mode: UnsubscribeMode,
         cid: Option<u64>,
     },
+    /// v1: answered by `Tell::Passed` when all that the connection has asked here before is as durable as the policy says.
+    Barrier {
+        conn: ConnId,
+    },
     /// These deliveries have left for the socket: the consumer's window opens again.
     Taken {
         who: Consumer,
@@ -145,6 +149,10 @@ pub enum Tell {
     Settled {
         conn: ConnId,
     },
+    /// v1: the answer to `Ask::Barrier`.
+    Passed {
+        conn: ConnId,
+    },
     /// The subscription is gone (its topic's queue ended): deliveries will not come any more.
     Ended {
         who: Consumer,
@@ -158,6 +166,7 @@ impl Tell {
             | Tell::Confirm { conn, .. }
             | Tell::Error { conn, .. }
             | Tell::Ok { conn, .. }
+            | Tell::Passed { conn }
             | Tell::Settled { conn } => *conn,
             Tell::Subscribed { who, .. } | Tell::Refused { who, .. } | Tell::Ended { who } => who.conn,
         }

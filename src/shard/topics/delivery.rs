@@ -19,6 +19,12 @@ impl Topics {
             }
             self.wait(self.log.appended(), Waiter::Ok { conn, cid }, turn);
         }
+        // Behind the acknowledgements that were logged just now; not before publishes that still wait for a segment.
+        if self.parked.is_empty() {
+            for conn in std::mem::take(&mut self.barriers) {
+                self.wait(self.log.appended(), Waiter::Passed { conn }, turn);
+            }
+        }
         self.relocate_some(turn);
         self.ask_for_grants(turn);
     }

@@ -90,6 +90,9 @@ enum Waiter {
         conn: ConnId,
         cid: u64,
     },
+    Passed {
+        conn: ConnId,
+    },
     Relocated {
         topic: TopicId,
         seq: Seq,
@@ -141,6 +144,8 @@ pub struct Topics {
     /// Subscriptions to be looked at before the turn ends.
     dirty: Vec<SubId>,
     ack_answers: Vec<(SubId, ConnId, u64)>,
+    /// Connections that want to know when all they have asked is durable.
+    barriers: Vec<ConnId>,
     no_space: Option<String>,
     /// Publishes that wait for a segment, and what came behind them. While there are some the core counts as behind, so that
     /// no more are read: what is here was accepted before, and is bounded by that.
@@ -181,6 +186,7 @@ impl Topics {
             reads_waiting: VecDeque::new(),
             dirty: Vec::new(),
             ack_answers: Vec::new(),
+            barriers: Vec::new(),
             no_space: None,
             parked: VecDeque::new(),
             draining: false,
@@ -419,6 +425,7 @@ impl Topics {
             }
             Waiter::Subscribed { ask, sub, resumed } => self.attach(*ask, sub, resumed, turn),
             Waiter::Ok { conn, cid } => turn.tell(Tell::Ok { conn, cid }),
+            Waiter::Passed { conn } => turn.tell(Tell::Passed { conn }),
             Waiter::Relocated { topic, seq, at } => {
                 self.catalog.moved(topic, seq, at);
                 turn.metrics.relocated_bytes += u64::from(at.len);
@@ -466,6 +473,7 @@ impl Topics {
                     self.mark(sub);
                 }
             }
+            Ask::Barrier { conn } => self.barriers.push(conn),
             Ask::Unsubscribe { who, sub, mode, cid } => self.on_unsubscribe(who, sub, mode, cid, turn),
             Ask::Taken { who, sub, messages, bytes } => {
                 if let Some(consumer) = self.catalog.subs.get_mut(&sub).and_then(|s| s.consumer_mut(who)) {
