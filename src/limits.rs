@@ -69,8 +69,6 @@ pub const EVENTS_PER_TURN_MAX: usize = 1_024;
 pub const READ_CHUNK: usize = 256 * 1024;
 /// Requests one core may have unanswered at another core.
 pub const FORWARDS_MAX: usize = 8_192;
-/// Bytes of those requests.
-pub const FORWARD_BYTES_MAX: usize = 32 * 1024 * 1024;
 /// Batches in one ring between two cores. A full ring makes the sender's batch grow, it never blocks it.
 pub const RING_SLOTS: usize = 64;
 /// Bytes under way to one consumer: handed to its connection, not yet in the kernel's socket buffer.
@@ -89,8 +87,10 @@ pub const BLOCK: usize = 4096;
 pub const BATCH_BYTES_MAX: usize = 20 * 1024 * 1024;
 /// A batch that has grown this large is sealed and the next one begun.
 pub const BATCH_BYTES_TARGET: usize = 1024 * 1024;
-/// Appended, not yet written: beyond it publishers wait.
-pub const LOG_BYTES_IN_FLIGHT_MAX: usize = 32 * 1024 * 1024;
+/// Bytes appended and not yet written, and bytes on the way to one other core: beyond it publishers wait.
+pub const IN_FLIGHT_BYTES_MAX: usize = 32 * 1024 * 1024;
+/// The same however small the memory budget is.
+pub const IN_FLIGHT_BYTES_MIN: usize = 4 * 1024 * 1024;
 /// Bytes one backlog read fetches from the log.
 pub const BACKLOG_READ_BYTES: usize = 1024 * 1024;
 /// Backlog reads under way on one core.

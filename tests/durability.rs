@@ -424,6 +424,7 @@ fn a_deep_backlog_is_refused_to_nobody_and_kept_on_the_disk() {
     let published_in = began.elapsed();
     client.expect_silence();
     let peak = disk_bytes(&store);
+    let most_publishing = most;
 
     // As far as the socket's buffers go, POLLs and ACKs need no round trip each.
     const WINDOW: u32 = 200;
@@ -446,7 +447,7 @@ fn a_deep_backlog_is_refused_to_nobody_and_kept_on_the_disk() {
     eventually("the disk to be given back", || (disk_bytes(&store) <= before + 64 * MIB).then_some(()));
     eprintln!(
         "{messages} messages of 1 KiB: published in {published_in:?}, polled and acknowledged in {polled_in:?}; resident \
-         {at_rest} KiB at rest, {most} KiB at most; disk {} MiB before, {} MiB at most, {} MiB after",
+         {at_rest} KiB at rest, {most_publishing} KiB at most while publishing, {most} KiB in all; disk {} MiB before, {} MiB at most, {} MiB after",
         before / MIB,
         peak / MIB,
         disk_bytes(&store) / MIB

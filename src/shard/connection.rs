@@ -94,8 +94,8 @@ struct Forwards {
 }
 
 impl Forwards {
-    fn full(&self) -> bool {
-        self.messages >= limits::FORWARDS_MAX || self.bytes >= limits::FORWARD_BYTES_MAX as u64
+    fn full(&self, settings: &Settings) -> bool {
+        self.messages >= limits::FORWARDS_MAX || self.bytes >= settings.in_flight_bytes_max()
     }
 }
 
@@ -479,7 +479,7 @@ impl Connections {
         let no_room = if here {
             publish.qos == Qos::AtLeastOnce && desk.log_behind
         } else {
-            self.forwards[usize::from(core.0)].full()
+            self.forwards[usize::from(core.0)].full(&self.settings)
         };
         if no_room {
             connection.stall = Some(Stall::Room(core));
@@ -565,7 +565,7 @@ impl Connections {
         let forwards = &mut self.forwards[usize::from(core.0)];
         forwards.messages -= messages as usize;
         forwards.bytes -= bytes;
-        if !forwards.full() {
+        if !forwards.full(&self.settings) {
             self.room_at(core, desk);
         }
     }
@@ -578,7 +578,7 @@ impl Connections {
     /// There is room at another core again: those who wait for it go on, in order, until it is full again.
     fn room_at(&mut self, core: CoreId, desk: &mut Desk) {
         for _ in 0..self.room_wanted[usize::from(core.0)].len() {
-            if self.forwards[usize::from(core.0)].full() {
+            if self.forwards[usize::from(core.0)].full(&self.settings) {
                 return;
             }
             self.next_waiting(core, desk);

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+use crate::limits;
 use crate::time::Duration;
 use crate::types::CoreId;
 
@@ -59,6 +60,14 @@ pub struct Settings {
     pub confirm_before_durable: bool,
     /// Empty unless every core has a port of its own.
     pub ports: Vec<u16>,
+}
+
+impl Settings {
+    /// Bytes on the way to the log, and to each other core, before publishers wait. They are memory too: a small budget does not
+    /// allow all of the limit.
+    pub fn in_flight_bytes_max(&self) -> u64 {
+        (self.cache_bytes / 2).clamp(limits::IN_FLIGHT_BYTES_MIN, limits::IN_FLIGHT_BYTES_MAX) as u64
+    }
 }
 
 /// What happens when a subscription's QoS0 queue is full.

@@ -328,7 +328,7 @@ impl Topics {
 
     /// Publishers have to wait: the disk is behind, or the keeper.
     pub fn is_behind(&self) -> bool {
-        !self.parked.is_empty() || self.in_flight_bytes > limits::LOG_BYTES_IN_FLIGHT_MAX as u64
+        !self.parked.is_empty() || self.in_flight_bytes > self.settings.in_flight_bytes_max()
     }
 
     fn append(
