@@ -453,10 +453,12 @@ fn a_deep_backlog_is_refused_to_nobody_and_kept_on_the_disk() {
         disk_bytes(&store) / MIB
     );
     assert!(most < (BUDGET_MIB + 64) * 1024, "{most} KiB resident");
+    // v1 acknowledgements are not confirmed: this one comes out of the log behind them.
+    client.publish("deep", 1, b"last");
+    assert_eq!(client.poll(sub, "deep").message, b"last");
     broker.kill();
     broker.restart();
     let mut client = broker.v1();
     let sub = client.subscribe("deep", 1);
-    client.publish("deep", 1, b"after");
-    assert_eq!(client.poll(sub, "deep").message, b"after", "nothing of it comes back");
+    assert_eq!(client.poll(sub, "deep").message, b"last", "nothing else of it comes back");
 }
