@@ -697,3 +697,35 @@ fn v2_shares_the_port_and_the_topics() {
     assert_ne!(sub, durable, "a subscription number is never used again");
     assert_eq!(again.recv_delivery_v2(sub).message, b"while away");
 }
+
+/// v1 confirms neither publishes nor acknowledgements; a PONG behind them vouches for both, whenever the broker is killed.
+#[test]
+fn a_pong_vouches_for_publishes_and_acknowledgements() {
+    for cores in ["1", "2"] {
+        for policy in ["always", "every_n:64", "interval_ms:50", "none"] {
+            let mut broker = Broker::start(&[("BLIPMQ_FSYNC_POLICY", policy), ("BLIPMQ_SHARDS_COUNT", cores)]);
+            let mut client = broker.v1();
+            let sub = client.subscribe("vouched", 1);
+            for n in 0..30u8 {
+                client.publish("vouched", 1, &[n]);
+            }
+            for n in 0..10u8 {
+                let delivery = client.poll(sub, "vouched");
+                assert_eq!(delivery.message, [n]);
+                client.ack(sub, delivery.tag);
+            }
+            client.expect_silence(); // PING and PONG
+            broker.kill();
+            broker.restart();
+            let mut client = broker.v1();
+            let sub = client.subscribe("vouched", 1);
+            for n in 10..30u8 {
+                let delivery = client.poll(sub, "vouched");
+                assert_eq!(delivery.message, [n], "{policy}");
+                client.ack(sub, delivery.tag);
+            }
+            client.poll_later(sub);
+            client.expect_silence();
+        }
+    }
+}

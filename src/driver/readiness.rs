@@ -22,10 +22,6 @@ pub enum Phase {
 pub enum Trouble {
     /// The core has stood still.
     Stuck(CoreId),
-    /// The core ended by itself.
-    Ended(CoreId),
-    /// The core's log cannot be written.
-    Log(CoreId),
 }
 
 /// What `/readyz` shows.
@@ -86,7 +82,7 @@ mod tests {
     fn troubles_come_and_go_on_their_own() {
         let readiness = Readiness::default();
         assert_eq!(readiness.status(), Status::Starting);
-        readiness.degrade(Trouble::Log(CoreId(1)), "core 1: no space".to_string());
+        readiness.degrade(Trouble::Stuck(CoreId(1)), "core 1: no space".to_string());
         assert_eq!(readiness.status(), Status::Starting);
         readiness.enter(Phase::Ready);
         readiness.degrade(Trouble::Stuck(CoreId(0)), "core 0 stands still".to_string());
@@ -94,7 +90,7 @@ mod tests {
         readiness.mend(Trouble::Stuck(CoreId(0)));
         readiness.mend(Trouble::Stuck(CoreId(0)));
         assert_eq!(readiness.status(), Status::Degraded("core 1: no space".to_string()));
-        readiness.mend(Trouble::Log(CoreId(1)));
+        readiness.mend(Trouble::Stuck(CoreId(1)));
         assert_eq!(readiness.status(), Status::Ready);
         readiness.enter(Phase::Draining);
         readiness.degrade(Trouble::Stuck(CoreId(0)), String::new());

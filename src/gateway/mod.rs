@@ -272,7 +272,7 @@ mod tests {
         assert_eq!(readyz(), (503, "starting".to_string()));
         door.readiness.enter(Phase::Ready);
         assert_eq!(readyz(), (200, "ready".to_string()));
-        door.readiness.degrade(Trouble::Log(CoreId(0)), "core 0: no space".to_string());
+        door.readiness.degrade(Trouble::Stuck(CoreId(0)), "core 0: no space".to_string());
         assert_eq!(readyz(), (503, "degraded: core 0: no space".to_string()));
         door.readiness.enter(Phase::Draining);
         assert_eq!(readyz(), (503, "draining".to_string()));

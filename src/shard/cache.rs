@@ -74,8 +74,16 @@ impl Cache {
 
     /// What a backlog read returned.
     pub fn add_read(&mut self, slot: Slot, offset: u32, bytes: Bytes) {
-        if bytes.is_empty() || self.pieces.contains_key(&(slot, offset)) {
+        if bytes.is_empty() {
             return;
+        }
+        match self.pieces.get(&(slot, offset)) {
+            // Read again because a record that begins in this piece goes on behind it.
+            Some(piece) if piece.origin == Origin::Disk && piece.bytes.len() < bytes.len() => {
+                self.drop_read(slot, offset)
+            }
+            Some(_) => return,
+            None => {}
         }
         self.read_bytes += bytes.len();
         self.read.push_back((slot, offset));
@@ -83,6 +91,13 @@ impl Cache {
         while self.read_bytes > self.read_max && self.read.len() > 1 {
             let Some(key) = self.read.pop_front() else { break };
             self.read_bytes -= self.pieces.remove(&key).map_or(0, |p| p.bytes.len());
+        }
+    }
+
+    fn drop_read(&mut self, slot: Slot, offset: u32) {
+        if let Some(i) = self.read.iter().position(|key| *key == (slot, offset)) {
+            self.read.remove(i);
+            self.read_bytes -= self.pieces.remove(&(slot, offset)).map_or(0, |p| p.bytes.len());
         }
     }
 
@@ -134,6 +149,16 @@ mod tests {
         assert_eq!(cache.get(at(1, 1990, 10)).unwrap(), (Bytes::from(vec![1u8; 10]), Origin::Memory));
         assert!(cache.get(at(1, 1990, 11)).is_none(), "not past the end of a piece");
         assert_eq!(cache.bytes(), 3000);
+    }
+
+    #[test]
+    fn a_longer_read_replaces_a_shorter_one() {
+        let mut cache = Cache::new(40_000);
+        cache.add_read(Slot(1), 4096, Bytes::from(vec![7; 100]));
+        assert!(cache.get(at(1, 4146, 100)).is_none(), "it goes on behind the piece");
+        cache.add_read(Slot(1), 4096, Bytes::from(vec![7; 300]));
+        assert_eq!(cache.get(at(1, 4146, 100)), Some((Bytes::from(vec![7; 100]), Origin::Disk)));
+        assert_eq!(cache.bytes(), 300);
     }
 
     #[test]

@@ -80,6 +80,7 @@ enum Stall {
 #[derive(Debug)]
 struct Sub {
     core: CoreId,
+    durable: bool,
     /// `None` until SUBSCRIBED has come.
     id: Option<SubId>,
     untold_messages: u32,
@@ -439,6 +440,14 @@ impl Connections {
                     fault(id, version, cid, code::UNKNOWN_DELIVERY, desk);
                     return None;
                 };
+                let durable = connection.subs.get(&sub).is_some_and(|s| s.durable);
+                let admin = connection.grant.as_ref().is_some_and(Grant::is_admin);
+                if mode == UnsubscribeMode::Delete && durable && !admin {
+                    // Others may share it, and its backlog would go with it.
+                    let text = Bytes::from_static(b"deleting a durable subscription needs a key with admin = true");
+                    refuse(id, version, cid, code::FORBIDDEN, text, desk);
+                    return None;
+                }
                 self.tell_taken(id, desk);
                 if let Some(connection) = self.all.get_mut(&id) {
                     connection.subs.remove(&sub);
@@ -522,7 +531,10 @@ impl Connections {
         }
         let client = self.sub_ids.next();
         let key = grant.key();
-        connection.subs.insert(client, Sub { core, id: None, untold_messages: 0, untold_bytes: 0 });
+        connection.subs.insert(
+            client,
+            Sub { core, durable: subscribe.durable.is_some(), id: None, untold_messages: 0, untold_bytes: 0 },
+        );
         if version == Version::V1 {
             connection.stall = Some(Stall::Answer);
         }
