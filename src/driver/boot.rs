@@ -191,7 +191,8 @@ fn settings(config: &Config, store: &Store, core: CoreId, cores: u16, port: u16)
         },
         auth_deadline: ms(config.net.auth_deadline_ms),
         keepalive: ms(config.net.keepalive_ms),
-        cache_bytes: budget / 2,
+        // The rest is for what is under way: batches being written, reads, outboxes.
+        cache_bytes: budget / 8 * 3,
         entries_max: (budget / 2 / index::ENTRY_BYTES).max(1024),
         unauthenticated_max: usize::try_from(config.net.unauthenticated_max).unwrap_or(usize::MAX),
         connection_bytes: usize::try_from(config.net.connection_bytes.0).unwrap_or(usize::MAX),
