@@ -1,7 +1,7 @@
 //! A broker that loses its CPU for a moment, again and again, goes on by itself.
 //!
-//! The runtime can park with runnable tasks when its preempt timer fires before the first task of a turn has run; the beat
-//! from outside gets it going again (driver/beat.rs). A client in a closed loop shows it: without the beat it waits for ever.
+//! One guard against turns lost while the process stands still (the reason for driver/beat.rs). It shows that a client in a
+//! closed loop gets on after each pause; it is no proof of the beat, since with the beat taken out it passed here, too.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -9,29 +9,25 @@ use std::time::Duration;
 
 use support::{Broker, eventually};
 
-/// Each pause is a chance for the mistake: about one in ten brought it out without the beat.
-const PAUSES: u32 = 300;
+const PAUSES: u32 = 600;
 
 #[test]
 fn a_broker_that_is_paused_goes_on() {
-    let broker = Broker::start(&[("BLIPMQ_SHARDS_COUNT", "2")]);
+    // One core, one client, no checkpoint: nothing else wakes the core when its client's turn is lost.
+    let broker = Broker::start(&[("BLIPMQ_SHARDS_COUNT", "1"), ("BLIPMQ_STORAGE_CHECKPOINT_INTERVAL_MS", "600000")]);
     let (answered, done) = (AtomicU64::new(0), AtomicBool::new(false));
     thread::scope(|scope| {
-        for n in 0..2 {
-            let (broker, answered, done) = (&broker, &answered, &done);
-            scope.spawn(move || {
-                let mut client = broker.v1();
-                let topic = format!("paused-{n}");
-                let sub = client.subscribe(&topic, 1);
-                // Each answer is waited for with a deadline; a client that waits in vain fails the test.
-                while !done.load(Ordering::Relaxed) {
-                    client.publish(&topic, 1, b"on");
-                    let delivery = client.poll(sub, &topic);
-                    client.ack(sub, delivery.tag);
-                    answered.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-        }
+        scope.spawn(|| {
+            let mut client = broker.v1();
+            let sub = client.subscribe("paused", 1);
+            // Each answer is waited for with a deadline; a client that waits in vain fails the test.
+            while !done.load(Ordering::Relaxed) {
+                client.publish("paused", 1, b"on");
+                let delivery = client.poll(sub, "paused");
+                client.ack(sub, delivery.tag);
+                answered.fetch_add(1, Ordering::Relaxed);
+            }
+        });
         for _ in 0..PAUSES {
             let before = answered.load(Ordering::Relaxed);
             broker.signal("STOP");
