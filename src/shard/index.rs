@@ -84,10 +84,6 @@ impl Index {
         self.entries.range(start..).find(|e| e.refs > 0)
     }
 
-    pub fn first_live(&self) -> Option<&Entry> {
-        self.entries.front()
-    }
-
     /// Live entries at or after `seq`.
     pub fn live_from(&self, seq: Seq) -> impl Iterator<Item = &Entry> {
         let start = self.find(seq).unwrap_or_else(|i| i);

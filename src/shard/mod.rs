@@ -203,10 +203,6 @@ impl Shard {
         self.topics.finish_log();
     }
 
-    pub fn metrics_mut(&mut self) -> &mut CoreMetrics {
-        &mut self.metrics
-    }
-
     /// A copy of the counters, gauges brought up to date.
     pub fn read_metrics(&mut self) -> CoreMetrics {
         self.topics.gauges(&mut self.metrics);
@@ -226,55 +222,47 @@ impl Shard {
     }
 
     fn with_connections(&mut self, now: Now, effects: &mut Effects, f: impl FnOnce(&mut Connections, &mut Desk)) {
+        self.at_desk(now, effects, f);
+        self.exchange(now, effects);
+    }
+
+    fn with_topics(&mut self, now: Now, effects: &mut Effects, f: impl FnOnce(&mut Topics, &mut Turn)) {
+        self.at_turn(now, effects, f);
+        self.exchange(now, effects);
+    }
+
+    fn at_desk(&mut self, now: Now, effects: &mut Effects, f: impl FnOnce(&mut Connections, &mut Desk)) {
         let mut desk = Desk {
             now,
-            effects: &mut *effects,
+            effects,
             timers: &mut self.timers,
             metrics: &mut self.metrics,
             asks: &mut self.asks,
             log_behind: self.topics.is_behind(),
         };
         f(&mut self.connections, &mut desk);
-        self.exchange(now, effects);
     }
 
-    fn with_topics(&mut self, now: Now, effects: &mut Effects, f: impl FnOnce(&mut Topics, &mut Turn)) {
+    fn at_turn(&mut self, now: Now, effects: &mut Effects, f: impl FnOnce(&mut Topics, &mut Turn)) {
         let mut turn = Turn {
             now,
-            effects: &mut *effects,
+            effects,
             timers: &mut self.timers,
             metrics: &mut self.metrics,
             tells: &mut self.tells,
             me: self.settings.core,
         };
         f(&mut self.topics, &mut turn);
-        self.exchange(now, effects);
     }
 
     /// Connections and topics of this core talk until neither has anything left to say.
     fn exchange(&mut self, now: Now, effects: &mut Effects) {
         while !self.asks.is_empty() || !self.tells.is_empty() {
             while let Some(ask) = self.asks.pop_front() {
-                let mut turn = Turn {
-                    now,
-                    effects: &mut *effects,
-                    timers: &mut self.timers,
-                    metrics: &mut self.metrics,
-                    tells: &mut self.tells,
-                    me: self.settings.core,
-                };
-                self.topics.on_ask(None, ask, &mut turn);
+                self.at_turn(now, effects, |topics, turn| topics.on_ask(None, ask, turn));
             }
             while let Some(tell) = self.tells.pop_front() {
-                let mut desk = Desk {
-                    now,
-                    effects: &mut *effects,
-                    timers: &mut self.timers,
-                    metrics: &mut self.metrics,
-                    asks: &mut self.asks,
-                    log_behind: self.topics.is_behind(),
-                };
-                self.connections.on_tell(tell, &mut desk);
+                self.at_desk(now, effects, |connections, desk| connections.on_tell(tell, desk));
             }
         }
     }

@@ -129,8 +129,7 @@ impl Topics {
 
     /// The subscription waits until the log's bytes at `at` have been read.
     pub(super) fn read_for(&mut self, id: SubId, at: LogRef, turn: &mut Turn) {
-        let start = at.offset / limits::BLOCK as u32 * limits::BLOCK as u32;
-        let waiting = self.reads.get_mut(&(at.slot, start));
+        let waiting = self.reads.get_mut(&(at.slot, block_of(at)));
         let Some(sub) = self.catalog.subs.get_mut(&id) else { return };
         sub.reading = true;
         if let Some(waiting) = waiting {
@@ -141,10 +140,23 @@ impl Topics {
             self.reads_waiting.push_back(id);
             return;
         }
+        self.start_read(at, vec![id], turn);
+    }
+
+    /// Fetches log bytes nobody in particular waits for; a later turn finds them.
+    pub(super) fn read_ahead(&mut self, at: LogRef, turn: &mut Turn) {
+        if !self.reads.contains_key(&(at.slot, block_of(at))) && self.reads.len() < limits::BACKLOG_READS_MAX {
+            self.start_read(at, Vec::new(), turn);
+        }
+    }
+
+    /// Reads from the record's first block on: the whole record, and what else may be wanted soon.
+    fn start_read(&mut self, at: LogRef, waiting: Vec<SubId>, turn: &mut Turn) {
+        let start = block_of(at);
         let end = (at.offset + at.len).max(start + limits::BACKLOG_READ_BYTES as u32);
         let written = self.written.get(&at.slot).copied().unwrap_or(self.segment_size);
         let end = end.next_multiple_of(limits::BLOCK as u32).min(written);
-        self.reads.insert((at.slot, start), vec![id]);
+        self.reads.insert((at.slot, start), waiting);
         turn.metrics.backlog_reads += 1;
         turn.metrics.backlog_read_bytes += u64::from(end - start);
         turn.effects.reads.push(BacklogRead { slot: at.slot, offset: start, len: end - start });
@@ -168,4 +180,9 @@ impl Topics {
             self.settle_polls(id, turn);
         }
     }
+}
+
+/// Offset of the block in which the record begins.
+fn block_of(at: LogRef) -> u32 {
+    at.offset / limits::BLOCK as u32 * limits::BLOCK as u32
 }

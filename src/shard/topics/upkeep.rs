@@ -223,17 +223,4 @@ impl Topics {
             relocation.pending += pending;
         }
     }
-
-    /// Fetches log bytes nobody in particular waits for; the next turn finds them.
-    pub(super) fn read_ahead(&mut self, at: LogRef, turn: &mut Turn) {
-        let start = at.offset / limits::BLOCK as u32 * limits::BLOCK as u32;
-        if self.reads.contains_key(&(at.slot, start)) || self.reads.len() >= limits::BACKLOG_READS_MAX {
-            return;
-        }
-        let end = (at.offset + at.len).max(start + limits::BACKLOG_READ_BYTES as u32);
-        let written = self.written.get(&at.slot).copied().unwrap_or(self.segment_size);
-        let end = end.next_multiple_of(limits::BLOCK as u32).min(written);
-        self.reads.insert((at.slot, start), Vec::new());
-        turn.effects.reads.push(BacklogRead { slot: at.slot, offset: start, len: end - start });
-    }
 }
