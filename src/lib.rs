@@ -9,6 +9,9 @@ pub mod config;
 #[cfg(feature = "server")]
 pub mod access;
 pub mod metrics;
+/// Test-only mistakes.
+#[cfg(feature = "server")]
+pub mod planted;
 /// 1. Bytes in.
 #[cfg(feature = "server")]
 pub mod net;

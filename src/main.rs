@@ -40,6 +40,9 @@ impl Failure {
 
 fn run(flags: &Flags) -> Result<(), Failure> {
     let bad_config = |error: ConfigError| Failure::new(ConfigError::EXIT_CODE, error);
+    #[cfg(feature = "planted-bugs")]
+    blipmq::planted::from_env()
+        .map_err(|name| Failure::new(ConfigError::EXIT_CODE, format!("BLIPMQ_PLANTED_BUG: there is no {name}")))?;
     let loaded = config::load(flags, std::env::vars_os()).map_err(bad_config)?;
     if flags.check_config {
         print!("{}", loaded.to_toml());

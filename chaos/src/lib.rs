@@ -1,6 +1,7 @@
 //! Breaks the broker on purpose and judges what its clients saw.
 //!
-//! A witness is worth something only if it is independent: nothing here uses code of the broker.
+//! A witness is worth something only if it is independent: nothing here uses code of the broker, but for `sim`, which runs it, and
+//! even there what clients saw is judged by the same oracle.
 
 #![forbid(unsafe_code)]
 
@@ -8,6 +9,8 @@
 pub mod broker;
 /// Publishers and consumers: the load, and the eyes.
 pub mod clients;
+/// What the command line asks for.
+pub mod commands;
 /// `chaos crash`: kill, restart, drain, judge.
 pub mod crash;
 /// A history on disk, one line per event, and the recorder that many clients share.
@@ -16,6 +19,8 @@ pub mod history;
 pub mod message;
 /// What any history must satisfy; judges every harness.
 pub mod oracle;
+/// One measured figure, appended to a file from which RESULTS.md is written.
+pub mod record;
 /// What was found, as a table and as JSON.
 pub mod report;
 /// Chance that a seed repeats.

@@ -197,9 +197,6 @@ fn settings(config: &Config, store: &Store, core: CoreId, cores: u16, port: u16)
         unauthenticated_max: usize::try_from(config.net.unauthenticated_max).unwrap_or(usize::MAX),
         connection_bytes: usize::try_from(config.net.connection_bytes.0).unwrap_or(usize::MAX),
         idle_marker: config.storage.idle_marker,
-        #[cfg(feature = "planted-bugs")]
-        confirm_before_durable: std::env::var_os("BLIPMQ_PLANTED_BUG")
-            .is_some_and(|bug| bug == "confirm-before-durable"),
         ports: if config.shards.shard_ports { (0..cores).map(|c| port + 1 + c).collect() } else { Vec::new() },
     }
 }

@@ -55,9 +55,6 @@ pub struct Settings {
     pub connection_bytes: usize,
     /// An idle log gets a last frame that carries the watermark.
     pub idle_marker: bool,
-    /// Confirms what is not written yet: a mistake, planted to see that `chaos` notices.
-    #[cfg(feature = "planted-bugs")]
-    pub confirm_before_durable: bool,
     /// Empty unless every core has a port of its own.
     pub ports: Vec<u16>,
 }

@@ -96,8 +96,6 @@ impl Plan {
             connection_bytes: 1 << 20,
             idle_marker: true,
             ports: Vec::new(),
-            #[cfg(feature = "planted-bugs")]
-            confirm_before_durable: false,
         };
         Plan { cores: 1, policy: FsyncPolicy::Always, dsync: false, slots_max: None, settings }
     }

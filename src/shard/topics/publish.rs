@@ -1,6 +1,7 @@
 //! What becomes of a publish: refused, duplicate, kept in memory, or appended to the log.
 
 use super::*;
+use crate::planted::planted;
 
 /// What a v1 delivery has besides topic and message: type, correlation id, QoS, the topic's length. A publish by alias does
 /// not carry the name, so it can be longer than any frame that delivers it.
@@ -281,13 +282,12 @@ impl Topics {
             self.arm_expiry(id, turn);
         }
         let answer = publish.confirm.then_some((publish.conn, publish.cid));
-        #[cfg(feature = "planted-bugs")]
         let answer = answer.filter(|(conn, cid)| {
-            let outcome = Outcome::Stored { level: Durability::Synced, position: end };
-            if self.settings.confirm_before_durable {
+            if planted!(ConfirmBeforeDurable) {
+                let outcome = Outcome::Stored { level: Durability::Synced, position: end };
                 turn.tell(Tell::Confirm { conn: *conn, cid: *cid, outcome });
             }
-            !self.settings.confirm_before_durable
+            !planted!(ConfirmBeforeDurable)
         });
         let waiter =
             Waiter::Stored { topic: id, seq, since: turn.now.mono, priority: publish.priority, answer, remote };
