@@ -314,9 +314,11 @@ impl Oracle {
         }
     }
 
-    /// What joined subscriptions are still to get, as far as it will not expire: subscription, publisher, sequence.
+    /// What joined subscriptions are still to get, as far as it will not expire and no dead letter accounts for it:
+    /// subscription, publisher, sequence.
     pub fn outstanding(&self) -> Vec<(u16, u16, u64)> {
         let mut all = Vec::new();
+        let mut copies: BTreeMap<(u16, u64), u32> = BTreeMap::new();
         for (sub, subscription) in self.subs.iter().enumerate() {
             let Some(joined) = &subscription.joined else { continue };
             if joined.state != State::Exists || !joined.kind.acks || joined.gives_up {
@@ -333,7 +335,13 @@ impl Oracle {
                     }
                     let traits = publisher.traits(seq);
                     let expired = traits.ttl_ms > 0 && !track.skipped.get(seq);
-                    if !traits.at_most_once && !expired && !publisher.is_excusably_lost(seq) {
+                    if traits.at_most_once || expired || publisher.is_excusably_lost(seq) {
+                        continue;
+                    }
+                    let used = copies.entry((number as u16, seq)).or_default();
+                    if *used < publisher.buried.get(&seq).copied().unwrap_or(0) {
+                        *used += 1;
+                    } else {
                         all.push((sub as u16, number as u16, seq));
                     }
                 }
@@ -343,15 +351,8 @@ impl Oracle {
     }
 
     pub(super) fn finish_joined(&mut self) {
-        let mut copies: BTreeMap<(u16, u64), u32> = BTreeMap::new();
         for (sub, number, seq) in self.outstanding() {
-            let publisher = &self.publishers[usize::from(number)];
             let track = &self.subs[usize::from(sub)].tracks[usize::from(number)];
-            let used = copies.entry((number, seq)).or_default();
-            if *used < publisher.buried.get(&seq).copied().unwrap_or(0) {
-                *used += 1;
-                continue;
-            }
             let fate = match (track.delivered.get(seq), track.skipped.get(seq)) {
                 (true, _) => "got it, did not acknowledge it, and never got it again",
                 (false, true) => "never got it: a later one came in its place while it was to live",
