@@ -71,6 +71,14 @@ impl Recorder {
     }
 }
 
+/// Keeps a history in which everybody joins as it goes.
+pub fn write(path: &Path, plan: &Plan, events: &[Event]) -> io::Result<()> {
+    let mut file = BufWriter::new(File::create(path)?);
+    write_plan(&mut file, plan)?;
+    events.iter().try_for_each(|event| write_event(&mut file, event))?;
+    file.flush()
+}
+
 /// Judges a history that was kept.
 pub fn judge(path: &Path, drained: bool) -> io::Result<Verdict> {
     let mut plan = Plan::default();

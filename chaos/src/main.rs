@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge};
+use chaos::commands::{crash, judge, sim};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -18,12 +18,15 @@ enum Command {
     Crash(crash::Args),
     /// Judge a history that was kept.
     Judge(judge::Args),
+    /// Live in virtual time, with every fault there is, from one seed after the other.
+    Sim(sim::Args),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Crash(args) => crash::run(&args),
         Command::Judge(args) => judge::run(&args),
+        Command::Sim(args) => sim::run(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

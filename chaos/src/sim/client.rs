@@ -23,7 +23,6 @@ use crate::sim::plan::{IdentityKind, Role, SUFFIX, TOPICS};
 use crate::sim::world::{Item, World};
 
 pub struct Client {
-    pub number: usize,
     pub role: Role,
     pub rng: Rng,
     pub key: String,
@@ -85,13 +84,27 @@ pub struct Letter {
 pub enum Asked {
     Hello,
     Auth,
-    Publish { publisher: u16, seq: u64 },
+    Publish {
+        publisher: u16,
+        seq: u64,
+    },
     Subscribe(SubRef),
     /// `sure`: an OK says that exactly these are finished.
-    Ack { subject: SubRef, ids: Vec<MessageId>, sure: bool },
-    Unsubscribe { sub: ClientSub, subject: SubRef, delete: bool },
+    Ack {
+        subject: SubRef,
+        ids: Vec<MessageId>,
+        sure: bool,
+    },
+    Unsubscribe {
+        sub: ClientSub,
+        subject: SubRef,
+        delete: bool,
+    },
     /// v1: what its PONG vouches for.
-    Ping { publishes: Vec<(u16, u64)>, acks: Vec<(u64, u16, MessageId)> },
+    Ping {
+        publishes: Vec<(u16, u64)>,
+        acks: Vec<(u64, u16, MessageId)>,
+    },
     Alias,
     Malformed,
     /// Answered by a delivery or not at all.
@@ -107,7 +120,6 @@ const RECONNECT_MS: u64 = 700;
 impl Client {
     pub fn new(number: usize, role: Role) -> Client {
         Client {
-            number,
             rng: Rng::new(role.draws),
             key: format!("key-{number}"),
             link: None,
@@ -352,7 +364,9 @@ impl World {
         let open: Vec<(usize, u64, Letter)> = (0..)
             .zip(&self.clients[n].publishers)
             .filter(|(_, publisher)| publisher.identity != IdentityKind::None)
-            .flat_map(|(p, publisher)| publisher.pending.iter().map(move |(seq, letter)| (p, publisher.number, *seq, *letter)))
+            .flat_map(|(p, publisher)| {
+                publisher.pending.iter().map(move |(seq, letter)| (p, publisher.number, *seq, *letter))
+            })
             .filter(|(_, number, seq, _)| !asked.contains(&(*number, *seq)))
             .map(|(p, _, seq, letter)| (p, seq, letter))
             .collect();
@@ -374,16 +388,19 @@ impl World {
         }
         let topic = *client.rng.pick(&client.role.topics);
         let burst = if client.rng.percent(30) { client.rng.between(2, BURST_MAX) } else { 1 };
+        let identity = if client.v1() { IdentityKind::None } else { client.role.identity };
         let known = client.publishers.iter().position(|p| p.topic == topic);
-        let p = known.unwrap_or_else(|| {
-            let identity = if client.v1() { IdentityKind::None } else { client.role.identity };
-            let number = self.books.next_publisher();
-            self.observe(Event::Joins { topic });
-            let publishers = &mut self.clients[n].publishers;
-            let (pending, confirmed) = (BTreeMap::new(), Vec::new());
-            publishers.push(Publisher { number, topic, identity, next_seq: 0, pending, confirmed });
-            publishers.len() - 1
-        });
+        let p = match known {
+            Some(p) => p,
+            None => {
+                let number = self.books.next_publisher();
+                self.observe(Event::Joins { topic });
+                let publishers = &mut self.clients[n].publishers;
+                let (pending, confirmed) = (BTreeMap::new(), Vec::new());
+                publishers.push(Publisher { number, topic, identity, next_seq: 0, pending, confirmed });
+                publishers.len() - 1
+            }
+        };
         for _ in 0..burst {
             self.publish(n, p);
         }
@@ -595,7 +612,8 @@ impl World {
             credit,
             priority: if v2 { client.rng.between(0, 1) as u8 } else { 0 },
             start: if subject.kind.earliest { Start::Earliest } else { Start::New },
-            ack_timeout: (v2 && !healing && client.rng.percent(20)).then(|| Duration::from_millis(client.rng.between(20, 2_000))),
+            ack_timeout: (v2 && !healing && client.rng.percent(20))
+                .then(|| Duration::from_millis(client.rng.between(20, 2_000))),
         };
         self.ask_as(n, cid, Asked::Subscribe(subject), RequestKind::Subscribe(subscribe));
     }

@@ -15,7 +15,7 @@ use crate::oracle::{Delivery, Event, Excuse, Timing};
 use crate::sim::books::{AckNote, SubNote, SubRef, Unsafe};
 use crate::sim::client::{Asked, Mine};
 use crate::sim::machine::{Held, Said};
-use crate::sim::world::World;
+use crate::sim::world::{RING_DELAY_MAX, World};
 
 /// Stands for the dead-letter topics' own queues.
 pub const DEAD_LETTERS: u16 = u16::MAX;
@@ -200,12 +200,15 @@ impl World {
                 }
             }
             FsyncPolicy::IntervalMs(ms) => {
-                let slack = if remote { self.machine.ring_delay_max() } else { Duration::ZERO };
+                let slack = if remote { RING_DELAY_MAX } else { Duration::ZERO };
                 let oldest = mine.iter().map(|one| one.since).min().unwrap_or(self.now);
                 let age = self.now - oldest;
                 if age.0 > Duration::from_millis(ms).0 + slack.0 {
                     let age = age.as_millis();
-                    self.violated("I1", format!("confirmed while the oldest not synced is {age} ms old, {ms} are allowed"));
+                    self.violated(
+                        "I1",
+                        format!("confirmed while the oldest not synced is {age} ms old, {ms} are allowed"),
+                    );
                 }
             }
             FsyncPolicy::None => {}
@@ -325,7 +328,7 @@ impl World {
             return self.on_dead_letter(&subject, sub, tag, deliver, message);
         }
         let core = self.books.core_of(subject.topic, self.machine.cores());
-        let slack = if core == self.links[&link].core { 0 } else { self.machine.ring_delay_max().as_millis() + 1 };
+        let slack = if core == self.links[&link].core { 0 } else { RING_DELAY_MAX.as_millis() + 1 };
         let ms = self.broker_ms();
         let traits = message.and_then(|id| self.books.traits_of(id.publisher, id.seq));
         let published = if v1 {
@@ -339,7 +342,15 @@ impl World {
         self.life.redelivered += u64::from(deliver.redelivered);
         let redelivered = deliver.redelivered && !v1;
         let number = subject.number;
-        self.observe(Event::Deliver(Delivery { sub: number, conn: link, tag: tag.0, attempt, redelivered, message, timing }));
+        self.observe(Event::Deliver(Delivery {
+            sub: number,
+            conn: link,
+            tag: tag.0,
+            attempt,
+            redelivered,
+            message,
+            timing,
+        }));
         let (Some(id), Some(traits)) = (message, traits) else { return Heard::Nothing };
         self.check_delivery(deliver, v1, &subject, id, traits.at_most_once);
         let acks = deliver.qos == Qos::AtLeastOnce;

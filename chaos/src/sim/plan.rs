@@ -294,6 +294,10 @@ fn machine_plan(rng: &mut Rng, seed: u64, options: &Options) -> machine::Plan {
         segment_size: *rng.pick(&[16, 16, 32, 64]) * BLOCK as u32,
         vshards: VSHARDS,
         slots_max,
+        spare: rng.between(1, 3) as usize,
+        checkpoint_interval: Duration::from_millis(*rng.pick(&[60, 200, 1_000])),
+        drain: Duration::from_millis(*rng.pick(&[50, 500])),
+        keys: (0..=CLIENTS_MAX).map(|n| format!("key-{n}").into_bytes()).collect(),
         settings: settings(rng),
         faults: Faults::draw(&mut Rng::derive(seed, &[6]), &|name| options.allows(name)),
     }
@@ -333,7 +337,8 @@ fn settings(rng: &mut Rng) -> Settings {
     };
     if rng.percent(15) {
         settings.backlog_messages = rng.between(5, 25);
-        settings.backlog_overflow = *rng.pick(&[BacklogOverflow::Reject, BacklogOverflow::Reject, BacklogOverflow::DropOldest]);
+        settings.backlog_overflow =
+            *rng.pick(&[BacklogOverflow::Reject, BacklogOverflow::Reject, BacklogOverflow::DropOldest]);
     }
     settings
 }

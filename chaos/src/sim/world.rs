@@ -27,17 +27,34 @@ use crate::sim::{Failure, Life, Options};
 /// What is on the agenda.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Item {
-    Act { client: usize, plan: u64 },
+    Act {
+        client: usize,
+        plan: u64,
+    },
     /// The connection has reached the broker.
-    Accept { link: u32 },
-    ToBroker { link: u32 },
-    ToClient { link: u32 },
+    Accept {
+        link: u32,
+    },
+    ToBroker {
+        link: u32,
+    },
+    ToClient {
+        link: u32,
+    },
     /// The broker's end finds out that the connection is over.
-    BrokerNotices { link: u32 },
-    ClientNotices { link: u32 },
-    Calamity { index: usize },
+    BrokerNotices {
+        link: u32,
+    },
+    ClientNotices {
+        link: u32,
+    },
+    Calamity {
+        index: usize,
+    },
     /// The process is started again.
-    Start { attempt: u64 },
+    Start {
+        attempt: u64,
+    },
     /// The end of the chaos.
     Heal,
     /// Whether all has come to its end.
@@ -109,6 +126,8 @@ const HEAL_MAX: Duration = Duration::from_secs(400);
 /// Nothing was delivered for so long: there is nothing to come.
 const QUIET: Duration = Duration::from_secs(70);
 const LOOK: Duration = Duration::from_millis(250);
+/// What one core says to another has been heard by then.
+pub const RING_DELAY_MAX: Duration = Duration::from_millis(100);
 /// The books are looked at after so many events.
 const CHECK_EVERY: u32 = 32;
 
@@ -164,6 +183,7 @@ impl World {
     fn begin(&mut self) {
         self.life.features = self.script.features.names();
         let plan = &self.script.machine;
+        self.life.strict = plan.policy == FsyncPolicy::Always;
         let head = format!(
             "policy {}{}, {} cores, segments of {} KiB, quota {:?}, features {:?}, faults {:?}",
             plan.policy,
@@ -300,7 +320,7 @@ impl World {
             }
         }
         if self.machine.is_up() {
-            self.books.settled(self.now_minus(self.machine.ring_delay_max()));
+            self.books.settled(self.now_minus(RING_DELAY_MAX));
             self.since_check += 1;
             if self.since_check >= CHECK_EVERY {
                 self.since_check = 0;
@@ -319,7 +339,9 @@ impl World {
     fn check(&mut self) {
         if let Err(text) = self.machine.check() {
             let (invariant, text) = match text.split_once(' ') {
-                Some((first, rest)) if first.starts_with('I') => (first.trim_end_matches(':').to_string(), rest.to_string()),
+                Some((first, rest)) if first.starts_with('I') => {
+                    (first.trim_end_matches(':').to_string(), rest.to_string())
+                }
                 _ => ("inside".to_string(), text),
             };
             self.fail(&invariant, text);
@@ -359,8 +381,12 @@ impl World {
             self.on_disconnected(n);
             return;
         }
-        let conn = self.machine.connect(Now { mono: self.now, wall: WallMs(self.wall()) }, link.core);
-        link.conn = Some(conn);
+        let core = link.core;
+        let now = self.computer_now();
+        let conn = self.machine.connect(now, core);
+        if let Some(link) = self.links.get_mut(&number) {
+            link.conn = Some(conn);
+        }
         self.by_conn.insert(conn, number);
         self.to_broker(number);
     }
@@ -394,7 +420,7 @@ impl World {
             let Some(link) = self.links.get_mut(&number) else { return };
             let Some(conn) = link.conn else { return };
             let room = link.room();
-            if room == 0 || !self.machine.has_output(conn) {
+            if room == 0 || self.machine.outbox_len(conn) == 0 {
                 return;
             }
             let bytes = self.machine.send(now, conn, room);
@@ -471,12 +497,14 @@ impl World {
 
     fn on_closed(&mut self, conn: ConnId, reason: CloseReason) {
         let Some(number) = self.by_conn.get(&conn).copied() else { return };
-        let link = &self.links[&number];
-        let n = link.client;
+        let n = self.links[&number].client;
         self.say(|| format!("the broker closes connection {number} of client {n}: {reason:?}"));
+        let link = &self.links[&number];
         let fits = match reason {
             CloseReason::BadFrame => link.spoilt,
-            CloseReason::Silent => link.dead || link.left || link.stalled_until > self.now_minus(Duration::from_secs(60)),
+            CloseReason::Silent => {
+                link.dead || link.left || link.stalled_until > self.now_minus(Duration::from_secs(60))
+            }
             CloseReason::AuthDeadline => true,
             CloseReason::SlowConsumer => link.dead || link.left || link.stalled_until > Instant(0),
             CloseReason::TooManyUnauthenticated => false,
@@ -574,7 +602,8 @@ impl World {
 
     /// Something happens to one connection.
     fn trouble(&mut self, what: What, dice: u64) {
-        let open: Vec<u32> = self.links.values().filter(|l| !l.left && !l.dead && l.conn.is_some()).map(|l| l.number).collect();
+        let open: Vec<u32> =
+            self.links.values().filter(|l| !l.left && !l.dead && l.conn.is_some()).map(|l| l.number).collect();
         if open.is_empty() {
             return;
         }
@@ -762,8 +791,9 @@ impl World {
                 self.script.cores = cores;
                 self.excuse_unwitnessed();
                 self.run += 1;
-                self.say(|| format!("run {} begins, on {cores} cores", self.run));
-                self.observe(Event::Boot { run: self.run });
+                let run = self.run;
+                self.say(|| format!("run {run} begins, on {cores} cores"));
+                self.observe(Event::Boot { run });
                 self.books.window.clear();
                 self.books.acks.clear();
                 self.books.made.clear();
@@ -842,9 +872,10 @@ impl World {
         for subject in wanted {
             let same = |other: &SubRef| (other.number, other.topic) == (subject.number, subject.topic);
             let has = self.clients[n].session.subs.values().any(|mine| same(&mine.subject));
-            let asks = self.asked.iter().any(|((on, _), asked)| {
-                Some(*on) == link && matches!(asked, Asked::Subscribe(other) if same(other))
-            });
+            let asks = self
+                .asked
+                .iter()
+                .any(|((on, _), asked)| Some(*on) == link && matches!(asked, Asked::Subscribe(other) if same(other)));
             if !has && !asks {
                 self.send_subscribe(n, subject);
             }
@@ -898,7 +929,11 @@ impl World {
             let invariant = verdict_name(&verdict);
             // What the broker itself still has is not lost; it just does not come.
             let waiting = metrics.queue_waiting;
-            let text = if lost { format!("{text} (the broker has {waiting} waiting, {} outstanding)", outstanding.len()) } else { text };
+            let text = if lost {
+                format!("{text} (the broker has {waiting} waiting, {} outstanding)", outstanding.len())
+            } else {
+                text
+            };
             self.fail(invariant, text);
         }
     }
@@ -946,7 +981,8 @@ impl World {
     fn fail(&mut self, invariant: &str, text: String) {
         if self.life.failure.is_none() {
             self.say(|| format!("VIOLATED {invariant}: {text}"));
-            self.life.failure = Some(Failure { invariant: invariant.into(), text, at: self.now, events: self.life.events });
+            self.life.failure =
+                Some(Failure { invariant: invariant.into(), text, at: self.now, events: self.life.events });
         }
     }
 
