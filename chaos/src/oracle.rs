@@ -510,7 +510,7 @@ impl Oracle {
         let publisher = &mut self.publishers[usize::from(number)];
         publisher.rejected.set(seq);
         // An earlier attempt of unknown outcome may have been stored all the same.
-        if publisher.unknown.get(seq) {
+        if publisher.unknown.get(seq) || publisher.repeated.get(seq) {
             return;
         }
         if let Some(sub) = self.subs.iter().position(|sub| sub.tracks[usize::from(number)].delivered.get(seq)) {
@@ -551,7 +551,8 @@ impl Oracle {
         if seq == 0 || seq > publisher.invoked {
             return Err((Kind::Phantom, format!("{name} was never published")));
         }
-        if publisher.rejected.get(seq) && !publisher.unknown.get(seq) && !publisher.confirmed.get(seq) {
+        let stored = publisher.unknown.get(seq) || publisher.confirmed.get(seq) || publisher.repeated.get(seq);
+        if publisher.rejected.get(seq) && !stored {
             return Err((Kind::Phantom, format!("{name} was rejected")));
         }
 

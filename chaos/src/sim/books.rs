@@ -62,6 +62,8 @@ struct Durable {
     /// The broker has said that it exists.
     known: bool,
     shared: bool,
+    /// Several asked before it was known to exist: whose request made it is not known.
+    contested: bool,
     consumers: Vec<Consumer>,
 }
 
@@ -201,7 +203,10 @@ impl Books {
 
     pub fn name(&mut self, name: Name, kind: SubKind) -> SubRef {
         let number = self.new_sub(name.topic);
-        self.named.insert(name, Durable { number, kind, known: false, shared: false, consumers: Vec::new() });
+        self.named.insert(
+            name,
+            Durable { number, kind, known: false, shared: false, contested: false, consumers: Vec::new() },
+        );
         SubRef { number, topic: name.topic, name: Some(name), kind, asked: 0 }
     }
 
@@ -229,12 +234,18 @@ impl Books {
         let Some(durable) = self.named.get_mut(&name) else { return false };
         let others = !durable.consumers.is_empty();
         durable.shared |= others;
+        durable.contested |= others && !durable.known;
         durable.consumers.push(Consumer { link, asked, leaving: None });
         others
     }
 
     pub fn is_consumed(&self, name: Name) -> bool {
         self.named.get(&name).is_some_and(|durable| !durable.consumers.is_empty())
+    }
+
+    /// Whether it is new cannot be told from one answer: several have asked, or somebody has deleted it since.
+    pub fn is_contested(&self, name: Name, number: u16) -> bool {
+        self.named.get(&name).is_none_or(|durable| durable.number != number || durable.contested)
     }
 
     pub fn is_shared(&self, name: Name) -> bool {
@@ -291,7 +302,10 @@ impl Books {
 
     /// The process is gone, and with it all consumers.
     pub fn nobody_consumes(&mut self) {
-        self.named.values_mut().for_each(|durable| durable.consumers.clear());
+        for durable in self.named.values_mut() {
+            durable.consumers.clear();
+            durable.contested = false;
+        }
     }
 
     /// Subscriptions of this run that a cut may have unwritten, whose names are still in use: they are not known any more.

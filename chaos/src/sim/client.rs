@@ -473,6 +473,13 @@ impl World {
             options: Bytes::new(),
             payload: Bytes::from(MessageId { publisher: number, topic, seq }.encode()),
         };
+        // Broker time may begin anew behind what nobody has stored.
+        let ms = self.broker_ms();
+        if let Some(traits) = self.books.traits_of(number, seq).filter(|traits| ms < traits.sent_ms) {
+            let traits = Traits { sent_ms: ms, ..traits };
+            self.books.traits(number, seq, traits);
+            self.observe(Event::Special { publisher: number, seq, traits });
+        }
         self.observe(Event::Invoke { publisher: number, seq });
         let cid = self.clients[n].cid();
         let v1_qos1 = self.clients[n].v1() && letter.qos == Qos::AtLeastOnce;
@@ -577,7 +584,8 @@ impl World {
         let subject = match self.books.named(name) {
             Some(subject) => subject,
             None => {
-                let kind = SubKind { acks: true, named: false, earliest: false };
+                // An orphan that may have ended may also have gone on: then it has what came before.
+                let kind = SubKind { acks: true, named: false, earliest: self.orphans_end() };
                 self.observe(Event::Asks { topic, kind });
                 self.books.name(name, kind)
             }

@@ -225,6 +225,8 @@ impl World {
             return Heard::Subscribed { cid, sub, subject };
         }
         let conn = link;
+        let contested = subject.name.is_some_and(|name| self.books.is_contested(name, subject.number));
+        let resumed = resumed.filter(|_| !contested);
         self.observe(Event::Attached { sub: subject.number, conn, resumed });
         match subject.name {
             Some(name) if self.books.named(name).is_some_and(|now| now.number == subject.number) => {

@@ -557,7 +557,7 @@ impl World {
             .range((number, ClientSub(0))..=(number, ClientSub(u64::MAX)))
             .map(|(key, subject)| (*key, subject.clone()))
             .collect();
-        let orphans_end = self.script.machine.settings.orphan_ttl < Duration::from_secs(1_000);
+        let orphans_end = self.orphans_end();
         for (key, subject) in subs {
             self.link_subs.remove(&key);
             if subject.number == DEAD_LETTERS {
@@ -993,6 +993,11 @@ impl World {
 
     fn mix(&mut self, word: u64) {
         self.life.trace = (self.life.trace ^ word).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23);
+    }
+
+    /// A v1 queue without consumer ends within this life.
+    pub fn orphans_end(&self) -> bool {
+        self.script.machine.settings.orphan_ttl < Duration::from_secs(1_000)
     }
 
     pub fn gives_up(&self) -> bool {
