@@ -464,7 +464,9 @@ impl Oracle {
         let crashed = std::mem::replace(sent_in, self.run) < self.run;
         publisher.repeated.set(seq);
         // What was refused, or lost as allowed, comes behind those that were stored meanwhile.
-        if publisher.may_be_lost.contains_key(&seq) || (publisher.rejected.get(seq) && seq < publisher.invoked) {
+        // So does a QoS0 message that nobody remembers.
+        let behind = publisher.rejected.get(seq) || publisher.traits(seq).at_most_once;
+        if publisher.may_be_lost.contains_key(&seq) || (behind && seq < publisher.invoked) {
             publisher.unordered.set(seq);
         }
         publisher.rejected.clear(seq);

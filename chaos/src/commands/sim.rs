@@ -60,7 +60,7 @@ pub struct Args {
 /// Lives are compared with themselves: every so many are lived twice.
 const TWICE_EVERY: u64 = 16;
 /// Lines of a story that are printed; the file has all.
-const LINES_SHOWN: usize = 150;
+const LINES_SHOWN: usize = 60;
 const FAILURES_SHOWN: usize = 10;
 
 /// True: nothing was violated.
@@ -116,7 +116,7 @@ fn options(args: &Args) -> Fallible<Options> {
         }
     }
     let until = args.until_us.map(|us| Virtual(us * 1_000));
-    Ok(Options { cores: args.cores, faults, without, until, record: false })
+    Ok(Options { cores: args.cores, faults, without, until, ..Options::default() })
 }
 
 struct Found {

@@ -437,7 +437,9 @@ impl World {
         let settings = &self.script.machine.settings;
         let default = if v1 { settings.v1_ttl } else { settings.ttl };
         let ttl_ms = letter.ttl_ms.unwrap_or(default.as_millis());
-        let class = (letter.delay_ms == 0).then_some(letter.priority);
+        // The priority of a QoS0 message means nothing.
+        let class = if letter.qos == Qos::AtMostOnce { 0 } else { letter.priority };
+        let class = (letter.delay_ms == 0).then_some(class);
         let traits = Traits {
             at_most_once: letter.qos == Qos::AtMostOnce,
             class,

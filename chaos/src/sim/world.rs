@@ -127,7 +127,7 @@ const HEAL_MAX: Duration = Duration::from_secs(400);
 const QUIET: Duration = Duration::from_secs(70);
 const LOOK: Duration = Duration::from_millis(250);
 /// What one core says to another has been heard by then.
-pub const RING_DELAY_MAX: Duration = Duration::from_millis(100);
+pub const RING_DELAY_MAX: Duration = Duration::from_millis(300);
 /// The books are looked at after so many events.
 const CHECK_EVERY: u32 = 32;
 
@@ -223,8 +223,7 @@ impl World {
         }
         self.life.virtual_ns = self.now.0;
         self.life.cores = self.script.cores;
-        let counts: Vec<(&'static str, u64)> = self.machine.faults().named();
-        for (name, count) in counts {
+        for (name, count) in crate::sim::plan::named(self.machine.faults()) {
             *self.life.faults.entry(name).or_default() += count;
         }
     }
@@ -320,7 +319,10 @@ impl World {
             }
         }
         if self.machine.is_up() {
-            self.books.settled(self.now_minus(RING_DELAY_MAX));
+            if self.books.is_anybody_leaving() && self.machine.is_heard() {
+                let machine = &self.machine;
+                self.books.settled(|conn| !machine.is_open(conn));
+            }
             self.since_check += 1;
             if self.since_check >= CHECK_EVERY {
                 self.since_check = 0;
@@ -526,11 +528,11 @@ impl World {
     /// The broker's end is gone.
     fn lost_conn(&mut self, number: u32) {
         let Some(link) = self.links.get_mut(&number) else { return };
+        let over = link.left;
         if let Some(conn) = link.conn.take() {
             self.by_conn.remove(&conn);
+            self.books.link_closed(number, conn);
         }
-        let over = link.left;
-        self.books.link_closed(number, self.now);
         self.unanswered(number);
         if over {
             self.forget_link(number);
@@ -687,6 +689,10 @@ impl World {
         self.say(|| format!("the process has died: {death:?}"));
         self.life.count("death");
         self.life.crashes += 1;
+        // What a failed sync was to cover is gone, as if the power were.
+        if matches!(&death, Death::Io(what) if what.contains("sync")) {
+            self.excuse_power_loss();
+        }
         if let Death::Corrupt(text) = &death {
             if !self.machine.is_damaged() {
                 self.violated("I9", format!("died of corruption on a sound disk: {text}"));
