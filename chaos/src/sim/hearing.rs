@@ -108,8 +108,8 @@ impl World {
             return;
         }
         self.observe(Event::Acked { sub: subject.number, publisher: id.publisher, seq: id.seq });
-        let core = self.books.core_of(subject.topic, self.machine.cores());
-        let mark = self.machine.log_written(core);
+        let core = self.books.core_of(subject.topic, self.script.cores);
+        let mark = self.log_mark(core);
         self.books.acks.push(AckNote { core, mark, sub: subject.number, id });
         self.life.acked += 1;
     }
@@ -177,7 +177,7 @@ impl World {
             self.violated("I1", format!("#{seq} of p{publisher} is confirmed as {level:?} under `always`"));
         }
         if held < Held::Synced {
-            let core = self.books.core_of(topic, self.machine.cores());
+            let core = self.books.core_of(topic, self.script.cores);
             let remote = core != self.links[&link].core;
             self.check_window(core, id, remote);
         }
@@ -231,8 +231,8 @@ impl World {
         match subject.name {
             Some(name) if self.books.named(name).is_some_and(|now| now.number == subject.number) => {
                 self.books.exists(name);
-                let core = self.books.core_of(subject.topic, self.machine.cores());
-                let mark = self.machine.log_written(core);
+                let core = self.books.core_of(subject.topic, self.script.cores);
+                let mark = self.log_mark(core);
                 self.books.made.push(SubNote { core, mark, sub: subject.number });
             }
             // It was deleted meanwhile, by a request that may come first.
@@ -329,7 +329,7 @@ impl World {
         if subject.number == DEAD_LETTERS {
             return self.on_dead_letter(&subject, sub, tag, deliver, message);
         }
-        let core = self.books.core_of(subject.topic, self.machine.cores());
+        let core = self.books.core_of(subject.topic, self.script.cores);
         let slack = if core == self.links[&link].core { 0 } else { RING_DELAY_MAX.as_millis() + 1 };
         let ms = self.broker_ms();
         let traits = message.and_then(|id| self.books.traits_of(id.publisher, id.seq));

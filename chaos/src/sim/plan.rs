@@ -252,9 +252,9 @@ fn calamities(rng: &mut Rng, span: Duration, options: &Options) -> Vec<Calamity>
     let mut enabled: Vec<(What, u64)> = Vec::new();
     for what in What::ALL {
         let weight = match what {
-            What::Kill | What::Power => 12,
+            What::Kill | What::Power => 8,
             What::Stop => 5,
-            What::Clock => 6,
+            What::Clock => 4,
             _ => 10,
         };
         // Every life has crashes of some kind.
@@ -263,7 +263,7 @@ fn calamities(rng: &mut Rng, span: Duration, options: &Options) -> Vec<Calamity>
         }
     }
     let sum: u64 = enabled.iter().map(|(_, weight)| weight).sum();
-    let count = rng.between(8, 30);
+    let count = rng.between(15, 45);
     let mut all: Vec<Calamity> = (0..count)
         .filter_map(|_| {
             let (at, dice) = (Duration(rng.between(0, span.0)), rng.draw());
@@ -351,14 +351,14 @@ fn faults(rng: &mut Rng, options: &Options) -> Faults {
         if rng.percent(40) && options.allows(name) { rate } else { 0 }
     };
     Faults {
-        write_eio: rate("write-eio", [5, 20, 60]),
-        sync_eio: rate("sync-eio", [5, 20, 60]),
-        read_eio: rate("read-eio", [20, 100, 500]),
-        short_write: rate("short-write", [5, 20, 60]),
+        write_eio: rate("write-eio", [10, 40, 100]),
+        sync_eio: rate("sync-eio", [10, 40, 150]),
+        read_eio: rate("read-eio", [50, 200, 800]),
+        short_write: rate("short-write", [10, 40, 100]),
         no_space: rate("no-space", [100, 500, 2_000]),
         lost_write: rate("lost-write", [10, 50, 200]),
         misdirect: rate("misdirect", [10, 50, 200]),
-        rot: rate("rot", [500, 2_000, 10_000]),
+        rot: rate("rot", [5_000, 10_000, 10_000]),
         slow: rate("slow", [10, 30, 100]),
         late: rate("late", [2_000, 5_000, 10_000]),
     }

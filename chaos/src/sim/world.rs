@@ -10,7 +10,7 @@ use blipmq::protocol::request::Version;
 use blipmq::shard::effects::CloseReason;
 use blipmq::shard::settings::BacklogOverflow;
 use blipmq::time::{Duration, Instant, Now, WallMs};
-use blipmq::types::{ClientSub, ConnId};
+use blipmq::types::{ClientSub, ConnId, Lsn};
 use blipmq::wal::commit::FsyncPolicy;
 
 use crate::message::MessageId;
@@ -517,11 +517,10 @@ impl World {
         if reason == CloseReason::Silent {
             self.life.count("closed-as-silent");
         }
+        let end = self.links[&number].down_end(self.now) + Duration::from_millis(1);
         self.lost_conn(number);
-        let link = &self.links[&number];
-        if !link.left && !link.dead {
-            let at = link.down_end(self.now) + Duration::from_millis(1);
-            self.push(at, Item::ClientNotices { link: number });
+        if self.links.get(&number).is_some_and(|link| !link.left && !link.dead) {
+            self.push(end, Item::ClientNotices { link: number });
         }
     }
 
@@ -1013,7 +1012,12 @@ impl World {
     }
 
     pub fn core_of_publisher(&self, publisher: u16) -> u16 {
-        self.books.core_of(self.topics_of[usize::from(publisher)], self.machine.cores())
+        self.books.core_of(self.topics_of[usize::from(publisher)], self.script.cores)
+    }
+
+    /// How far the log of a core is written; all that is in it now is safe when as much is synced.
+    pub fn log_mark(&self, core: u16) -> Lsn {
+        if core < self.machine.cores() { self.machine.log_written(core) } else { Lsn(u64::MAX) }
     }
 
     fn wall(&self) -> u64 {
