@@ -296,6 +296,13 @@ impl Books {
         }
     }
 
+    /// A connection that the broker does not know any more has ended.
+    pub fn link_forgotten(&mut self, link: u32) {
+        for durable in self.named.values_mut() {
+            durable.consumers.retain(|consumer| consumer.link != link || consumer.leaving.is_some());
+        }
+    }
+
     pub fn is_anybody_leaving(&self) -> bool {
         self.leaving
     }

@@ -574,9 +574,12 @@ impl World {
         }
     }
 
+    /// Neither end knows it any more: what was asked too late never reached the broker.
     fn forget_link(&mut self, number: u32) {
         self.links.remove(&number);
         self.unvouched.remove(&number);
+        self.books.link_forgotten(number);
+        self.unanswered(number);
     }
 
     // ---- calamities ---------------------------------------------------------------------------------------------
@@ -661,7 +664,7 @@ impl World {
     fn crash(&mut self, what: What, dice: u64) {
         let how = if what == What::Power { Crash::PowerLoss } else { Crash::Killed };
         let up = self.machine.is_up();
-        if !up && how == Crash::Killed {
+        if !up && (how == Crash::Killed || dice % 3 > 0) {
             return;
         }
         self.say(|| format!("{how:?}{}", if up { "" } else { ", while the process is down" }));
