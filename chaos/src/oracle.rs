@@ -471,7 +471,8 @@ impl Oracle {
         }
         publisher.rejected.clear(seq);
         // Identities of QoS0 messages are kept in memory only.
-        if crashed && (!self.plan.strict || publisher.traits(seq).at_most_once) {
+        let excused = publisher.traits(seq).at_most_once || publisher.may_be_lost.contains_key(&seq);
+        if crashed && (!self.plan.strict || excused) {
             for sub in self.subs.iter_mut() {
                 let track = &mut sub.tracks[usize::from(number)];
                 if track.delivered.get(seq) {

@@ -165,6 +165,11 @@ impl Books {
         self.stored_by.entry((publisher, seq)).or_insert(ms);
     }
 
+    /// It may be stored anew.
+    pub fn sent_again(&mut self, publisher: u16, seq: u64) {
+        self.stored_by.remove(&(publisher, seq));
+    }
+
     pub fn was_stored_by(&self, publisher: u16, seq: u64) -> Option<u64> {
         self.stored_by.get(&(publisher, seq)).copied()
     }

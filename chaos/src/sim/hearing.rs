@@ -178,13 +178,20 @@ impl World {
         }
         if held < Held::Synced {
             let core = self.books.core_of(topic, self.script.cores);
-            let remote = core != self.links[&link].core;
-            self.check_window(core, id, remote);
+            // A PONG waits for all cores: what it vouches for may have been safe enough long before.
+            let slack = match level {
+                None => None,
+                Some(_) if core != self.links[&link].core => Some(RING_DELAY_MAX),
+                Some(_) => Some(Duration::ZERO),
+            };
+            self.check_window(core, id, slack);
         }
     }
 
     /// The bound of the policy: what is confirmed and not synced.
-    fn check_window(&mut self, core: u16, id: MessageId, remote: bool) {
+    ///
+    /// - `slack`: how long ago this may have been decided; `None`: not known.
+    fn check_window(&mut self, core: u16, id: MessageId, slack: Option<Duration>) {
         let (machine, window) = (&self.machine, &mut self.books.window);
         window.retain(|one| machine.held(one.id) < Held::Synced);
         if window.iter().all(|one| one.id != id) {
@@ -200,7 +207,7 @@ impl World {
                 }
             }
             FsyncPolicy::IntervalMs(ms) => {
-                let slack = if remote { RING_DELAY_MAX } else { Duration::ZERO };
+                let Some(slack) = slack else { return };
                 let oldest = mine.iter().map(|one| one.since).min().unwrap_or(self.now);
                 let age = self.now - oldest;
                 if age.0 > Duration::from_millis(ms).0 + slack.0 {
@@ -284,6 +291,7 @@ impl World {
             // The acknowledged were finished before, or belong to others now.
             Some(Asked::Ack { .. }) if code == 404 => {}
             Some(Asked::Unsubscribe { .. }) if matches!(code, 404 | 507) => {}
+            Some(Asked::Small) if code == 404 => {}
             Some(Asked::Malformed) if code == 400 => {}
             other => self.misbehaved(format!("error {code} {text} answers {other:?}")),
         }

@@ -819,8 +819,9 @@ impl World {
                         }
                         self.repair();
                     }
-                    Refused::Unreadable(_) => {}
-                    Refused::NoSpace(_) => {}
+                    // A sync that fails takes with it what it was to cover.
+                    Refused::Unreadable(text) if text.contains("sync") => self.excuse_power_loss(),
+                    Refused::Unreadable(_) | Refused::NoSpace(_) => {}
                 }
                 let wait = self.rng.between(1, 300);
                 self.push(self.now + Duration::from_millis(wait), Item::Start { attempt });
