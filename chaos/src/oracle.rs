@@ -574,13 +574,15 @@ impl Oracle {
         // The dialect that tells no attempts: what was never seen counts as the first.
         let first_attempt = delivery.attempt == 1 || (delivery.attempt == 0 && !seen_before);
         // Where consumers compete, what another one left behind comes back between newer ones, flagged.
-        let ordered_here = class.filter(|_| first_attempt && !(planned.shared && delivery.redelivered));
+        // So does, after a crash, what had been given up and the log did not say so yet.
+        let loose = planned.shared || self.subs[sub].gives_up();
+        let ordered_here = class.filter(|_| first_attempt && !(loose && delivery.redelivered));
         let mut below_here = false;
         if let Some(class) = ordered_here {
             let highest_here = conn.highest.entry((delivery.sub, number, class)).or_default();
             below_here = seq < *highest_here;
             let before = std::mem::replace(highest_here, seq.max(*highest_here));
-            if before > 0 && !planned.shared && delivery.attempt == 1 {
+            if before > 0 && !loose && delivery.attempt == 1 {
                 self.note_skipped(delivery, index, class, before, seq);
             }
         }
@@ -624,7 +626,7 @@ impl Oracle {
             if let Some(class) = class {
                 track.highest[usize::from(class)] = seq.max(highest);
             }
-            if first_attempt && !planned.shared && seq < highest {
+            if first_attempt && !planned.shared && !(loose && delivery.redelivered) && seq < highest {
                 return Err((Kind::OutOfOrder, format!("{name} for the first time, after {highest}")));
             }
         }
