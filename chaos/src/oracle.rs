@@ -575,14 +575,15 @@ impl Oracle {
         let first_attempt = delivery.attempt == 1 || (delivery.attempt == 0 && !seen_before);
         // Where consumers compete, what another one left behind comes back between newer ones, flagged.
         // So does, after a crash, what had been given up and the log did not say so yet.
-        let loose = planned.shared || self.subs[sub].gives_up();
+        // And what had expired by a clock that a restart has put back: only what is in the store keeps it.
+        let loose = planned.shared || self.subs[sub].gives_up() || traits.ttl_ms > 0;
         let ordered_here = class.filter(|_| first_attempt && !(loose && delivery.redelivered));
         let mut below_here = false;
         if let Some(class) = ordered_here {
             let highest_here = conn.highest.entry((delivery.sub, number, class)).or_default();
             below_here = seq < *highest_here;
             let before = std::mem::replace(highest_here, seq.max(*highest_here));
-            if before > 0 && !loose && delivery.attempt == 1 {
+            if before > 0 && !planned.shared && !self.subs[sub].gives_up() && delivery.attempt == 1 {
                 self.note_skipped(delivery, index, class, before, seq);
             }
         }
