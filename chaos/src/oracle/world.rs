@@ -183,12 +183,18 @@ impl Oracle {
         };
         let subscription = &mut self.subs[usize::from(sub)];
         for (track, publisher) in subscription.tracks.iter_mut().zip(&self.publishers) {
-            if anew || track.owed_from == 0 {
+            // One that was made anew has no past.
+            if anew {
+                *track = Track::default();
+            }
+            if track.owed_from == 0 {
                 track.owed_from = publisher.invoked + 1;
             }
         }
         if let Some(joined) = subscription.joined.as_mut().filter(|_| anew) {
             joined.tags.clear();
+            joined.acked_at.clear();
+            subscription.acked_in_run.clear();
         }
         self.conns.entry(conn).or_default().attached.insert(sub, self.events);
     }
@@ -557,6 +563,12 @@ mod tests {
 
         let mut w = World::new(true);
         w.store(1..=1).excuse(Excuse::Unsure { sub: 0 }).boot().attach(Some(false));
+        w.has(&[]);
+
+        // Made anew, it may have what it had before, from the beginning.
+        let mut w = World::new(false);
+        w.store(1..=2).deliver(1).ack(1).deliver(2).ack(2).excuse(Excuse::Unsure { sub: 0 }).boot().attach(Some(false));
+        w.again(1, 1).again(2, 1);
         w.has(&[]);
 
         let mut w = World::new(true);
