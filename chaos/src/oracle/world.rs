@@ -83,6 +83,8 @@ pub(super) struct Joined {
 enum State {
     Never,
     Unsure,
+    /// Unsure for more than one reason: if it exists, it may have been made anew.
+    Muddled,
     Exists,
     Ended,
 }
@@ -179,6 +181,7 @@ impl Oracle {
                 true
             }
             (State::Unsure, None) | (_, Some(false)) | (State::Never | State::Ended, None) => true,
+            (State::Muddled, _) => true,
             (State::Unsure | State::Exists, Some(true)) | (State::Exists, None) => false,
         };
         let subscription = &mut self.subs[usize::from(sub)];
@@ -207,7 +210,10 @@ impl Oracle {
                 }
             }
             Excuse::Ends { sub } => self.with_joined(sub, |joined| joined.state = State::Ended),
-            Excuse::Unsure { sub } => self.with_joined(sub, |joined| joined.state = State::Unsure),
+            Excuse::Unsure { sub } => self.with_joined(sub, |joined| {
+                let twice = matches!(joined.state, State::Unsure | State::Muddled);
+                joined.state = if twice { State::Muddled } else { State::Unsure };
+            }),
             Excuse::GivesUp { sub } => self.with_joined(sub, |joined| joined.gives_up = true),
             Excuse::MayBeLost { publisher, seq } => {
                 let run = self.run;
@@ -564,6 +570,17 @@ mod tests {
         let mut w = World::new(true);
         w.store(1..=1).excuse(Excuse::Unsure { sub: 0 }).boot().attach(Some(false));
         w.has(&[]);
+
+        // Asked for again without an answer, it may have been made anew even if it is there.
+        for (excuses, found) in [(1, &[Kind::Lost][..]), (2, &[][..])] {
+            let mut w = World::new(true);
+            w.store(1..=1);
+            for _ in 0..excuses {
+                w.excuse(Excuse::Unsure { sub: 0 });
+            }
+            w.boot().attach(Some(true));
+            w.has(found);
+        }
 
         // Made anew, it may have what it had before, from the beginning.
         let mut w = World::new(false);
