@@ -279,6 +279,8 @@ struct Publisher {
     /// The run of the latest attempt, by sequence - 1.
     sent_in: Vec<u32>,
     confirmed: Bits,
+    /// Confirmed, and not as a duplicate.
+    stored: Bits,
     unknown: Bits,
     rejected: Bits,
     special: HashMap<u64, Traits>,
@@ -588,6 +590,8 @@ impl Oracle {
             }
         }
 
+        // What a crash has unwritten, and its publisher has sent again, may come where it could not before.
+        let late = delivery.redelivered || self.publishers[index].repeated.get(seq);
         let renewed = self.subs[sub].tracks[index].renewed.get(seq);
         let stays = !renewed && !traits.at_most_once;
         other_tag |= self.subs[sub].other_tag(number, seq, delivery.tag, stays);
@@ -627,7 +631,7 @@ impl Oracle {
             if let Some(class) = class {
                 track.highest[usize::from(class)] = seq.max(highest);
             }
-            if first_attempt && !planned.shared && !(loose && delivery.redelivered) && seq < highest {
+            if first_attempt && !planned.shared && !(loose && late) && seq < highest {
                 return Err((Kind::OutOfOrder, format!("{name} for the first time, after {highest}")));
             }
         }

@@ -255,16 +255,20 @@ impl Oracle {
 
     /// A first confirm of something sent once is no duplicate; a second one is.
     pub(super) fn judge_answer(&mut self, number: u16, seq: u64, duplicate: bool) {
-        let publisher = &self.publishers[usize::from(number)];
+        let publisher = &mut self.publishers[usize::from(number)];
         let name = named(number.into(), seq);
-        if duplicate && !publisher.repeated.get(seq) {
-            self.nonsense(format!("{name} was confirmed as a duplicate, and was sent once"));
-        } else if !duplicate
-            && publisher.confirmed.get(seq)
-            && !publisher.traits(seq).at_most_once
-            && !publisher.may_be_lost.contains_key(&seq)
-        {
-            let text = format!("run {}: {name} was confirmed before, and is stored again", self.run);
+        if duplicate {
+            if !publisher.repeated.get(seq) {
+                self.nonsense(format!("{name} was confirmed as a duplicate, and was sent once"));
+            }
+            return;
+        }
+        // That it was stored may be said later, on a connection that is given up, than that it is a duplicate.
+        let before = publisher.stored.get(seq);
+        publisher.stored.set(seq);
+        let excused = publisher.traits(seq).at_most_once || publisher.may_be_lost.contains_key(&seq);
+        if before && !excused {
+            let text = format!("run {}: {name} was confirmed as stored before, and is stored again", self.run);
             self.verdict.found(Kind::Duplicate, text);
         }
     }
@@ -704,8 +708,12 @@ mod tests {
         let mut w = World::new(true);
         w.store(1..=1).invoke(1).confirm(1).deliver(1).ack(1);
         w.has(&[Kind::Duplicate]);
+        let duplicate = || Event::Confirmed { publisher: 0, seq: 1, duplicate: true };
         let mut w = World::new(true);
-        w.invoke(1).see(Event::Confirmed { publisher: 0, seq: 1, duplicate: true }).deliver(1).ack(1);
+        w.invoke(1).invoke(1).see(duplicate()).confirm(1).deliver(1).ack(1);
+        w.has(&[]);
+        let mut w = World::new(true);
+        w.invoke(1).see(duplicate()).deliver(1).ack(1);
         w.has(&[Kind::Misbehaved]);
     }
 

@@ -178,8 +178,9 @@ impl World {
         }
         if held < Held::Synced {
             let core = self.books.core_of(topic, self.script.cores);
-            // A PONG waits for all cores: what it vouches for may have been safe enough long before.
+            // A PONG waits for all cores, and of a duplicate the first one counts: they may have been safe enough long before.
             let slack = match level {
+                _ if duplicate => None,
                 None => None,
                 Some(_) if core != self.links[&link].core => Some(RING_DELAY_MAX),
                 Some(_) => Some(Duration::ZERO),

@@ -16,7 +16,7 @@ use blipmq::wal::commit::FsyncPolicy;
 use crate::message::MessageId;
 use crate::oracle::{self, Event, Excuse, Kind, Oracle};
 use crate::rng::Rng;
-use crate::sim::books::{Books, SubRef};
+use crate::sim::books::{AckNote, Books, SubNote, SubRef};
 use crate::sim::client::{Asked, Client};
 use crate::sim::hearing::{DEAD_LETTERS, Heard};
 use crate::sim::machine::{Crash, Death, Held, Machine, Refused};
@@ -487,8 +487,8 @@ impl World {
     fn broker_notices(&mut self, number: u32) {
         let Some(link) = self.links.get_mut(&number) else { return };
         let Some(conn) = link.conn else { return };
-        // The end of the stream is found behind what has arrived.
-        if !link.dead && link.has_arrived(self.now) {
+        // The end of the stream is found behind what has arrived; by who writes to nobody, at once.
+        if !link.dead && link.has_arrived(self.now) && self.machine.outbox_len(conn) == 0 {
             let again = self.now + Duration::from_millis(5);
             return self.push(again, Item::BrokerNotices { link: number });
         }
@@ -748,12 +748,16 @@ impl World {
         if self.script.machine.policy == FsyncPolicy::Always {
             return;
         }
-        let synced: Vec<_> = (0..self.machine.cores()).map(|core| self.machine.log_synced(core)).collect();
-        let unsafe_at = |core: u16, mark| synced.get(usize::from(core)).is_none_or(|synced| *synced < mark);
-        let acks: Vec<_> = self.books.acks.iter().filter(|ack| unsafe_at(ack.core, ack.mark)).copied().collect();
-        let made: Vec<_> = self.books.made.iter().filter(|sub| unsafe_at(sub.core, sub.mark)).copied().collect();
-        // Once is enough: the power may go again before the next start.
-        self.books.made.clear();
+        let synced: Vec<Lsn> = (0..self.machine.cores()).map(|core| self.machine.log_synced(core)).collect();
+        // Of a process that is down nothing can be asked; what was safe when it died is marked.
+        let is_safe = |core: u16, mark: Lsn| mark <= synced.get(usize::from(core)).copied().unwrap_or(Lsn(0));
+        let (safe, acks) = std::mem::take(&mut self.books.acks).into_iter().partition(|ack| is_safe(ack.core, ack.mark));
+        self.books.acks = safe;
+        let (safe, made) = std::mem::take(&mut self.books.made).into_iter().partition(|sub| is_safe(sub.core, sub.mark));
+        self.books.made = safe;
+        let (acks, made): (Vec<AckNote>, Vec<SubNote>) = (acks, made);
+        self.books.acks.iter_mut().for_each(|ack| ack.mark = Lsn(0));
+        self.books.made.iter_mut().for_each(|sub| sub.mark = Lsn(0));
         for ack in acks {
             let (sub, MessageId { publisher, seq, .. }) = (ack.sub, ack.id);
             self.observe(Event::Excused(Excuse::AckMayBeLost { sub, publisher, seq }));
@@ -919,7 +923,8 @@ impl World {
                     return self.end();
                 }
                 if quiet > HEAL_MAX {
-                    return self.stuck("the broker does not come to rest".into());
+                    let (quiet, open) = (self.machine.is_quiet(), self.by_conn.len());
+                    return self.stuck(format!("the broker does not come to rest: quiet {quiet}, {open} connections"));
                 }
             }
             Phase::Chaos | Phase::Over => {}

@@ -19,8 +19,9 @@ impl Topics {
             }
             self.wait(self.log.appended(), Waiter::Ok { conn, cid }, turn);
         }
-        // Behind the acknowledgements that were logged just now; not before publishes that still wait for a segment.
-        if self.parked.is_empty() {
+        // Behind the acknowledgements that were logged just now; not before publishes and acknowledgements that still wait for a
+        // segment.
+        if !self.barriers.is_empty() && self.parked.is_empty() && !self.holds_acks() {
             for conn in std::mem::take(&mut self.barriers) {
                 self.wait(self.log.appended(), Waiter::Passed { conn }, turn);
             }
@@ -43,11 +44,18 @@ impl Topics {
         }
         let ranges: Vec<(Seq, Seq)> = sub.unlogged.iter().collect();
         let record = Record::Acked { sub: id.index, ranges };
-        if self.append(id.vshard, &record, Class::Control, now).is_ok()
-            && let Some(sub) = self.catalog.subs.get_mut(&id)
-        {
+        if self.append(id.vshard, &record, Class::Control, now).is_err() {
+            self.acks_held.insert(id);
+        } else if let Some(sub) = self.catalog.subs.get_mut(&id) {
             sub.unlogged.clear();
         }
+    }
+
+    /// Some acknowledgements wait for a segment: whoever is told that they are safe would be lied to.
+    fn holds_acks(&mut self) -> bool {
+        let subs = &self.catalog.subs;
+        self.acks_held.retain(|id| subs.get(id).is_some_and(|sub| !sub.unlogged.is_empty()));
+        !self.acks_held.is_empty()
     }
 
     pub(super) fn dispatch(&mut self, id: SubId, turn: &mut Turn) {

@@ -13,7 +13,7 @@ mod publish;
 mod subscribe;
 mod upkeep;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -146,6 +146,8 @@ pub struct Topics {
     ack_answers: Vec<(SubId, ConnId, u64)>,
     /// Connections that want to know when all they have asked is durable.
     barriers: Vec<ConnId>,
+    /// Subscriptions whose acknowledgements the log had no room for.
+    acks_held: BTreeSet<SubId>,
     no_space: Option<String>,
     /// Publishes that wait for a segment, and what came behind them. While there are some the core counts as behind, so that
     /// no more are read: what is here was accepted before, and is bounded by that.
@@ -187,6 +189,7 @@ impl Topics {
             dirty: Vec::new(),
             ack_answers: Vec::new(),
             barriers: Vec::new(),
+            acks_held: BTreeSet::new(),
             no_space: None,
             parked: VecDeque::new(),
             draining: false,
