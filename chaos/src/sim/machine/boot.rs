@@ -21,7 +21,7 @@ use blipmq::wal::start::{self, RecoveredStore, StartError};
 use bytes::Bytes;
 
 use super::keeper::Keeper;
-use super::{Core, Damage, Happening, Held, HostMistake, Machine, Phase, Refused, STORE, StartReport};
+use super::{Core, Damage, Happening, Held, HostMistake, Machine, Refused, STORE, StartReport};
 use crate::message::MessageId;
 use crate::sim::disk::{FileId, happens};
 
@@ -227,11 +227,7 @@ impl Machine {
             // How the streams before ended is on the disk before clients come.
             shard.force_sync();
             let rings = (0..cores).map(|_| VecDeque::new()).collect();
-            let mut core = Core::new(id, shard, effects, rings);
-            if self.plan.mistake == Some(HostMistake::ServeBeforeOpening) {
-                core.phase = Phase::Ready;
-            }
-            self.cores.push(core);
+            self.cores.push(Core::new(id, shard, effects, rings));
         }
         for number in 0..self.cores.len() {
             self.cores[number].ticked = true;
