@@ -10,6 +10,10 @@ pub const FRAME_LEN_MAX_BEFORE_AUTH: u32 = 4 * 1024;
 pub const AUTH_DEADLINE_MS: u64 = 5_000;
 /// Connections that have not logged in yet, over one core, by default.
 pub const UNAUTHENTICATED_PER_CORE_MAX: usize = 1_024;
+/// The same from one address, by default.
+pub const UNAUTHENTICATED_PER_ADDRESS_MAX: usize = 256;
+/// What a frame that has begun must at least bring within each `net.frame_timeout_ms`.
+pub const FRAME_PROGRESS_MIN: usize = 32 * 1024;
 /// Bytes of requests a connection may have read but not yet processed, by default; beyond it its socket is not read.
 pub const STALLED_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Failed AUTHs one address may make at once; refilled at one per second.
