@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge};
+use chaos::commands::{crash, judge, report};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -18,12 +18,15 @@ enum Command {
     Crash(crash::Args),
     /// Judge a history that was kept.
     Judge(judge::Args),
+    /// Show what was recorded with --record, or write it into RESULTS.md.
+    Report(report::Args),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Crash(args) => crash::run(&args),
         Command::Judge(args) => judge::run(&args),
+        Command::Report(args) => report::run(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
