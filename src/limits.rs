@@ -6,6 +6,8 @@ pub const FRAME_LEN_MAX: u32 = 16 * 1024 * 1024;
 pub const FRAME_LEN_MIN: u32 = 9;
 /// Largest frame before AUTH succeeded.
 pub const FRAME_LEN_MAX_BEFORE_AUTH: u32 = 4 * 1024;
+/// File descriptors that no connection may take: the log opens its segments with them.
+pub const FILES_KEPT_BACK: u64 = 64;
 /// A connection must be logged in by then, by default.
 pub const AUTH_DEADLINE_MS: u64 = 5_000;
 /// Connections that have not logged in yet, over one core, by default.

@@ -2,7 +2,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::io::ErrorKind;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use std::time::Duration as StdDuration;
 use futures_lite::FutureExt;
 use glommio::io::PollableFd;
 use glommio::{ExecutorJoinHandle, LocalExecutorBuilder, Placement, PoolPlacement};
+use nix::sys::resource::{Resource, getrlimit};
 
 use crate::driver::beat::Beat;
 use crate::driver::clock::Clock;
@@ -19,6 +21,7 @@ use crate::driver::conn::Conn;
 use crate::driver::inspect::{Answer, Inquiry, Question};
 use crate::driver::perform::fail_stop;
 use crate::driver::{Core, Counts, StoreNumbers, add};
+use crate::limits;
 use crate::metrics::{Closed, Refused};
 use crate::net::listener::{self, Patience};
 use crate::ring::mesh::Port;
@@ -264,6 +267,13 @@ async fn accept(
                         });
                         continue;
                     }
+                    if is_kept_back(&stream) {
+                        core.counts.refused.borrow_mut().add(Refused::Descriptors, 1);
+                        complaint.say(|| {
+                            tracing::warn!(%peer, "connection refused: hardly a file descriptor is left; raise RLIMIT_NOFILE");
+                        });
+                        continue;
+                    }
                     if listener::set_up(&stream, patience).is_err() {
                         continue; // it is gone already
                     }
@@ -302,6 +312,13 @@ impl Complaint {
             line();
         }
     }
+}
+
+/// It got one of the last descriptors, which are for the log. `max_connections` leaves room enough at start, but the limit may
+/// have been lowered since. (The kernel gives out the lowest number that is free.)
+fn is_kept_back(stream: &TcpStream) -> bool {
+    let Ok((soft, _)) = getrlimit(Resource::RLIMIT_NOFILE) else { return false };
+    stream.as_raw_fd() as u64 + limits::FILES_KEPT_BACK >= soft
 }
 
 fn is_out_of_descriptors(error: &std::io::Error) -> bool {

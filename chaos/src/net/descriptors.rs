@@ -26,6 +26,11 @@ const RESERVE: u64 = 256;
 const PER_CORE: u64 = 32;
 const ROOM: u64 = 150;
 const WANTED: usize = 300;
+/// Fewer than the broker keeps back for its log (limits.rs).
+const LEFT: u64 = 40;
+const TOPIC: &str = "descriptors.kept";
+const MESSAGE: usize = 16 * 1024;
+const UNDER_WAY: u64 = 32;
 /// Who comes while there is no descriptor.
 const WAITING: usize = 50;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -103,50 +108,89 @@ fn settle(peers: &mut [Peer]) -> Fallible<()> {
     Ok(())
 }
 
-/// Takes the last descriptors away, lets others knock, publishes enough that the log needs new segments; then gives them back.
+/// Takes the descriptors away, lets others knock, publishes so much that the log needs new segments; then gives them back.
 fn in_earnest(stage: &mut Stage<'_>, limit: u64) -> Fallible<()> {
     let at = stage.setup.address();
     let mut publisher = Link::connect(HONEST, at, None)?;
     log_in(&mut publisher)?;
-    subscribe(&mut publisher, "descriptors.kept", Some("keeper"))?;
-    let refused_before = stage.metrics().by("connections_refused_total", "descriptors");
+    subscribe(&mut publisher, TOPIC, Some("keeper"))?;
     let pid = Pid::from_raw(stage.broker.pid() as i32).ok_or("a broker has a pid")?;
     let soft = |current| Rlimit { current: Some(current), maximum: Some(limit) };
-    // What is open stays open; the next one fails.
+    let time = stage.options.during / 4;
+
+    // A few are left: for the log, and for nobody else.
+    let refused_before = stage.metrics().by("connections_refused_total", "descriptors");
+    prlimit(Some(pid), Resource::Nofile, soft(Process::files(stage.broker.pid()) + LEFT))?;
+    let mut knocking = come(at, WAITING)?;
+    let few = publish(&mut publisher, time)?;
+    settle(&mut knocking)?;
+    let served = knocking.iter().filter(|p| p.mark == 1).count();
+    let refused = stage.metrics().by("connections_refused_total", "descriptors") - refused_before;
+    stage.expect(few.stored == few.sent && few.sent > 0, || {
+        format!("{LEFT} descriptors left: {} of {} publishes were confirmed", few.stored, few.sent)
+    });
+    stage.expect(served == 0 && refused == WAITING as u64, || {
+        format!("{LEFT} descriptors left: {served} of {WAITING} got in, {refused} are counted as refused")
+    });
+
+    // None is left: the log may have to wait or to refuse, and says so; nobody is cut off, nothing is lost.
     prlimit(Some(pid), Resource::Nofile, soft(Process::files(stage.broker.pid())))?;
     let mut waiting = come(at, WAITING)?;
-    let begun = Instant::now();
-    let (mut sent, mut confirmed) = (0u64, 0);
-    while begun.elapsed() < stage.options.during / 2 || confirmed < sent && begun.elapsed() < PATIENCE {
-        if begun.elapsed() < stage.options.during / 2 && sent - confirmed < 32 {
-            sent += 1;
-            push_publish(&mut publisher, sent, "descriptors.kept", 1, &[7; 16 * 1024]);
-        }
-        match publisher.wait_hear(Duration::from_millis(if sent - confirmed < 32 { 1 } else { 20 }))? {
-            Some(Said::Confirm { outcome: Confirm::Stored, .. }) => confirmed += 1,
-            Some(Said::Confirm { outcome, .. }) => {
-                stage.expect(false, || format!("a publish without descriptors: {outcome:?}"));
-                break;
-            }
-            _ => {}
-        }
-    }
-    crowd::turn(&mut waiting, Duration::ZERO)?;
-    let logged_in = waiting.iter().filter(|p| p.mark == 1).count();
-    stage.expect(confirmed == sent, || format!("{confirmed} of {sent} publishes were confirmed without descriptors"));
+    let none = publish(&mut publisher, time)?;
     prlimit(Some(pid), Resource::Nofile, soft(limit))?;
-    // Metrics need a descriptor, too.
-    let metrics = stage.until(PATIENCE, |m| m.by("connections_refused_total", "descriptors") > refused_before);
-    let refused = metrics.by("connections_refused_total", "descriptors") - refused_before;
-    stage.expect(refused > 0, || "no failed accept is counted".into());
+    if let Err(why) = stage.broker.still_runs() {
+        stage.expect(false, || format!("without descriptors the broker {why}"));
+        return Ok(());
+    }
     settle(&mut waiting)?;
     let served = waiting.iter().filter(|p| p.mark == 1).count();
     stage.expect(served == WAITING, || {
-        format!("{served} of {WAITING} who waited were served when there were descriptors again")
+        format!("{served} of {WAITING} who waited got in when there were descriptors again")
+    });
+    let begun = Instant::now();
+    let mut healed = Published::default();
+    while healed.stored == 0 && begun.elapsed() < PATIENCE {
+        healed = publish(&mut publisher, Duration::ZERO)?;
+    }
+    stage.expect(healed.stored > 0, || "no publish is taken though there are descriptors again".into());
+    stage.expect(none.stored + none.refused == none.sent, || {
+        format!("no descriptors: {} of {} publishes had no answer", none.sent - none.stored - none.refused, none.sent)
     });
     stage.figure(format!(
-        "none left: {confirmed} publishes ({} MiB) confirmed, {logged_in} of {WAITING} newcomers in; then {served}",
-        confirmed * 16 / 1024
+        "{LEFT} left: {} MiB published, {refused} of {WAITING} newcomers refused and counted; none left: {} of {} publishes \
+         confirmed, {} refused, and {served} of {WAITING} who waited in afterwards",
+        (few.stored * MESSAGE as u64) >> 20,
+        none.stored,
+        none.sent,
+        none.refused
     ));
     Ok(())
+}
+
+#[derive(Default)]
+struct Published {
+    sent: u64,
+    stored: u64,
+    refused: u64,
+}
+
+/// Publishes for `time`, at least once, and waits for the answers.
+fn publish(publisher: &mut Link, time: Duration) -> Fallible<Published> {
+    let begun = Instant::now();
+    let mut count = Published::default();
+    loop {
+        let open = count.sent - count.stored - count.refused;
+        let more = begun.elapsed() < time || count.sent == 0;
+        if more && open < UNDER_WAY {
+            count.sent += 1;
+            push_publish(publisher, count.sent, TOPIC, 1, &[7; MESSAGE]);
+        } else if !more && open == 0 || begun.elapsed() > time + PATIENCE {
+            return Ok(count);
+        }
+        match publisher.wait_hear(Duration::from_millis(if open < UNDER_WAY { 1 } else { 20 }))? {
+            Some(Said::Confirm { outcome: Confirm::Stored, .. }) => count.stored += 1,
+            Some(Said::Confirm { .. }) => count.refused += 1,
+            _ => {}
+        }
+    }
 }

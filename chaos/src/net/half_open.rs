@@ -61,11 +61,10 @@ pub fn run(options: &Options) -> Fallible<Outcome> {
     stage.end(format!("{} vanished peers", 4 * VICTIMS))
 }
 
-/// Somebody who holds deliveries, and whoever is to get them.
+/// Somebody who holds deliveries.
 struct Victim {
     link: Link,
     topic: String,
-    heir: Option<Link>,
 }
 
 /// How long until all sessions were over (`None`: they were not), and how many deliveries came back flagged.
@@ -73,7 +72,7 @@ fn vanish(stage: &mut Stage<'_>, proxy: &Proxy, connections: u64) -> Fallible<(O
     let at = stage.setup.address();
     let mut publisher = Link::connect(HONEST, at, None)?;
     log_in(&mut publisher)?;
-    let (mut v2, mut v1) = (Vec::new(), Vec::new());
+    let (mut v2, mut v1, mut idle) = (Vec::new(), Vec::new(), Vec::new());
     for number in 0..VICTIMS {
         for (kind, to) in [("proxied", proxy.address), ("silent", at)] {
             let topic = format!("half-open.{kind}.{number}");
@@ -83,59 +82,66 @@ fn vanish(stage: &mut Stage<'_>, proxy: &Proxy, connections: u64) -> Fallible<(O
         let topic = format!("half-open.v1.{number}");
         let link = Link::connect(HONEST, at, None)?;
         v1.push(victim_v1(stage, link, topic, &mut publisher)?);
-    }
-    // v1 clients that only ever listened: nothing is under way to them, so only a probe can find them gone.
-    let mut idle = Vec::new();
-    for _ in 0..VICTIMS {
+        // A v1 client that only ever listens: nothing is under way to it, so only a probe can find it gone.
         let mut link = Link::connect(HONEST, at, None)?;
         link.push_login(1, KEY);
         let open = logged_in(&mut link, 1)?;
         stage.expect(open, || "an idle v1 client could not log in".into());
         idle.push(link);
+        // Until they vanish, they answer their PINGs.
+        v2.iter_mut().try_for_each(|victim: &mut Victim| answer_pings(&mut victim.link))?;
     }
     // Those who inherit attach before anybody vanishes.
+    let mut heirs = Vec::new();
     for victim in &mut v2 {
         let mut heir = Link::connect(HONEST, at, None)?;
         log_in(&mut heir)?;
         push_subscribe(&mut heir, 3, &victim.topic, Some("half-open"), 100);
-        heir.flush()?;
-        victim.heir = Some(heir);
+        heirs.push(Peer::new(heir));
+        answer_pings(&mut victim.link)?;
     }
+    heirs.push(Peer::new(publisher));
     let begun = Instant::now();
     proxy.set(Fault::Blackhole);
     for link in v2.iter().filter(|v| v.topic.contains("silent")).chain(&v1).map(|v| &v.link).chain(&idle) {
         link.fall_silent()?;
     }
-    let mut back = 0;
-    let mut heirs = Vec::new();
-    for victim in v2 {
-        let got = inherit_v2(victim.heir.ok_or("every one has an heir")?)?;
-        stage.expect(got.0 == HELD, || {
-            format!("{}: {} of {HELD} came to another consumer, flagged", victim.topic, got.0)
-        });
-        back += got.0;
-        heirs.push(Peer::new(got.1));
-    }
-    // The publisher and the heirs stay, the measuring client was counted before.
-    let staying = connections + 1 + heirs.len() as u64;
-    let patience = (SESSION_ENDS + GRACE).saturating_sub(begun.elapsed());
-    let end = Instant::now() + patience;
+    // The heirs and the publisher stay; the measuring client was counted before.
+    let staying = connections + heirs.len() as u64;
     let mut over = None;
-    while over.is_none() && Instant::now() < end {
-        // Heirs answer their PINGs.
+    let inherited = |heirs: &[Peer]| heirs.iter().map(|heir| heir.mark).sum::<usize>();
+    while (over.is_none() || inherited(&heirs) < HELD * v2.len()) && begun.elapsed() < SESSION_ENDS + GRACE {
         crowd::turn(&mut heirs, Duration::from_millis(20))?;
-        heirs.iter_mut().for_each(|heir| while heir.hear().is_some() {});
-        publisher.wait_hear(Duration::from_millis(1))?;
-        if stage.metrics().get("connections") <= staying {
+        for heir in &mut heirs {
+            while let Some(said) = heir.hear() {
+                if let Said::Deliver { redelivered: true, attempt: 2.., payload, .. } = said {
+                    // In the order in which they were published.
+                    heir.mark += usize::from(payload == (heir.mark as u64).to_be_bytes());
+                }
+            }
+        }
+        if over.is_none() && stage.metrics().get("connections") <= staying {
             over = Some(begun.elapsed());
         }
     }
+    for (victim, heir) in v2.iter().zip(&heirs) {
+        stage.expect(heir.mark == HELD, || {
+            format!("{}: {} of {HELD} came to another consumer, flagged, in order", victim.topic, heir.mark)
+        });
+    }
+    let mut back = inherited(&heirs);
     for victim in v1 {
         let got = inherit_v1(at, &victim.topic)?;
         stage.expect(got == HELD, || format!("{}: {got} of {HELD} came to the next v1 subscriber", victim.topic));
         back += got;
     }
     Ok((over, back))
+}
+
+fn answer_pings(link: &mut Link) -> std::io::Result<()> {
+    link.fill()?;
+    while link.hear()?.is_some() {}
+    link.flush()
 }
 
 fn publish(publisher: &mut Link, topic: &str) -> Fallible<()> {
@@ -170,7 +176,7 @@ fn victim_v2(stage: &mut Stage<'_>, mut link: Link, topic: String, publisher: &m
         }
     }
     stage.expect(published && held == HELD, || format!("{topic}: {held} of {HELD} were delivered at first"));
-    Ok(Victim { link, topic, heir: None })
+    Ok(Victim { link, topic })
 }
 
 fn victim_v1(stage: &mut Stage<'_>, mut link: Link, topic: String, publisher: &mut Link) -> Fallible<Victim> {
@@ -180,22 +186,7 @@ fn victim_v1(stage: &mut Stage<'_>, mut link: Link, topic: String, publisher: &m
     publish(publisher, &topic)?;
     let held = poll_v1(&mut link, sub, HELD)?;
     stage.expect(held == HELD, || format!("{topic}: {held} of {HELD} were delivered at first"));
-    Ok(Victim { link, topic, heir: None })
-}
-
-/// How many deliveries came that say that somebody else may have had them.
-fn inherit_v2(mut heir: Link) -> Fallible<(usize, Link)> {
-    let mut got = 0;
-    let end = Instant::now() + SESSION_ENDS + GRACE;
-    while got < HELD && Instant::now() < end {
-        if let Some(Said::Deliver { redelivered: true, attempt: 2.., payload, .. }) =
-            heir.wait_hear(Duration::from_millis(50))?
-        {
-            // In the order in which they were published.
-            got += usize::from(payload == (got as u64).to_be_bytes());
-        }
-    }
-    Ok((got, heir))
+    Ok(Victim { link, topic })
 }
 
 fn inherit_v1(at: std::net::SocketAddr, topic: &str) -> Fallible<usize> {
