@@ -82,6 +82,9 @@ pub const RING_SLOTS: usize = 64;
 pub const CONSUMER_WINDOW_BYTES: usize = 256 * 1024;
 /// Deliveries under way to one consumer, likewise.
 pub const CONSUMER_WINDOW_MESSAGES: usize = 1_024;
+/// Bytes the kernel takes for a peer that does not take them. More would be memory that no budget knows of, and a backlog that
+/// is not on the disk.
+pub const SOCKET_UNSENT_MAX: u32 = 256 * 1024;
 /// An outbox below this counts as drained.
 pub const OUTBOX_LOW: usize = 256 * 1024;
 /// A connection whose outbox grows beyond this is closed as too slow.

@@ -32,6 +32,7 @@ use crate::shard::{Parts, Shard};
 use crate::types::CoreId;
 use crate::wal::batch::Grant;
 use crate::wal::keeper::{ToCore, ToKeeper};
+use crate::wal::reader::is_out_of_descriptors;
 use crate::wal::writer::Writer;
 
 /// All that a core needs; made on the main thread, moved into the executor.
@@ -287,7 +288,7 @@ async fn accept(
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => {
-                    if is_out_of_descriptors(&error) {
+                    if is_out_of_descriptors(error.raw_os_error()) {
                         core.counts.refused.borrow_mut().add(Refused::Descriptors, 1);
                         complaint.say(|| tracing::warn!("cannot accept: {error}; raise RLIMIT_NOFILE"));
                         glommio::timer::sleep(ACCEPT_PAUSE).await;
@@ -319,10 +320,6 @@ impl Complaint {
 fn is_kept_back(stream: &TcpStream) -> bool {
     let Ok((soft, _)) = getrlimit(Resource::RLIMIT_NOFILE) else { return false };
     stream.as_raw_fd() as u64 + limits::FILES_KEPT_BACK >= soft
-}
-
-fn is_out_of_descriptors(error: &std::io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(code) if code == nix::libc::EMFILE || code == nix::libc::ENFILE)
 }
 
 /// A panic while one connection's bytes are looked at ends that connection, not the core.

@@ -4,6 +4,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
+use crate::limits;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
 /// Connections the kernel holds for us until we accept them.
@@ -44,6 +45,7 @@ pub fn set_up(stream: &TcpStream, patience: Patience) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
+    socket.set_tcp_notsent_lowat(limits::SOCKET_UNSENT_MAX)?;
     let probes = match patience.keepalive {
         Duration::ZERO => TcpKeepalive::new(),
         // The kernel counts in seconds. Three probes unanswered, as with pings, unless the user timeout comes first.

@@ -21,8 +21,8 @@ pub struct ReadFailed {
     pub gone: bool,
 }
 
-const OPEN_ATTEMPTS: u32 = 600;
-const OPEN_RETRY: Duration = Duration::from_millis(50);
+pub(super) const OPEN_ATTEMPTS: u32 = 600;
+pub(super) const OPEN_RETRY: Duration = Duration::from_millis(50);
 
 /// Opens a segment, waiting while there is no file descriptor for it: nothing is lost by that, and connections end.
 pub(super) async fn open_patiently(
@@ -31,7 +31,7 @@ pub(super) async fn open_patiently(
 ) -> Result<DmaFile, GlommioError<()>> {
     for attempt in 1.. {
         match open().await {
-            Err(error) if attempt < OPEN_ATTEMPTS && is_out_of_descriptors(&error) => {
+            Err(error) if attempt < OPEN_ATTEMPTS && is_out_of_descriptors(error.raw_os_error()) => {
                 if attempt == 1 {
                     tracing::warn!("no file descriptor for {}: waiting for one; raise RLIMIT_NOFILE", path.display());
                 }
@@ -43,8 +43,9 @@ pub(super) async fn open_patiently(
     unreachable!("the last attempt returns")
 }
 
-fn is_out_of_descriptors(error: &GlommioError<()>) -> bool {
-    matches!(error.raw_os_error(), Some(nix::libc::EMFILE | nix::libc::ENFILE))
+/// - `code`: of the operating system.
+pub fn is_out_of_descriptors(code: Option<i32>) -> bool {
+    matches!(code, Some(nix::libc::EMFILE | nix::libc::ENFILE))
 }
 
 /// Reads `len` bytes at `offset`, both aligned to `BLOCK`.

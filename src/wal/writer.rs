@@ -15,7 +15,7 @@ use rustc_hash::FxHashMap;
 use crate::types::Slot;
 use crate::wal::batch::Write;
 use crate::wal::disk;
-use crate::wal::reader::open_patiently;
+use crate::wal::reader::{OPEN_ATTEMPTS, OPEN_RETRY, is_out_of_descriptors, open_patiently};
 
 #[derive(Debug, thiserror::Error)]
 pub enum WriteFailed {
@@ -80,6 +80,10 @@ impl Writer {
                 Ok(true) => break,
                 Ok(false) if attempt < LOCK_ATTEMPTS => glommio::timer::sleep(LOCK_RETRY).await,
                 Ok(false) => return Err(WriteFailed::Locked { path: shown }),
+                // A lock wants a descriptor, too.
+                Err(error) if attempt < OPEN_ATTEMPTS && is_out_of_descriptors(error.raw_os_error()) => {
+                    glommio::timer::sleep(OPEN_RETRY).await;
+                }
                 Err(error) => return Err(WriteFailed::Open { path: shown, reason: error.to_string() }),
             }
         }

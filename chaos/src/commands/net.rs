@@ -85,6 +85,7 @@ pub fn run(args: &Args) -> Fallible<bool> {
         during: Duration::try_from_secs_f64(args.seconds)?,
         storm: args.connections,
         stalled: args.stalled,
+        grace: Duration::from_secs(10),
         extra: args.env.clone(),
         keep: args.keep_artifacts,
     };

@@ -20,7 +20,6 @@ const GIANTS: usize = 500;
 const GIANT: u32 = 16 << 20;
 /// What memory may grow by: a few buffers, not what was claimed.
 const GROWTH: u64 = 64 << 20;
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How far a connection came before the garbage.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -62,7 +61,7 @@ pub fn run(options: &Options) -> Fallible<Outcome> {
     stage.rest(Phase::Before);
     let rss = stage.process().rss;
     let sent = stage.measured(Phase::During, attack)?;
-    let after = stage.until(PATIENCE, |m| {
+    let after = stage.until(options.grace, |m| {
         m.get("connections") <= before.get("connections")
             && m.by("connections_closed_total", "protocol") >= sent.broken as u64
     });
@@ -101,7 +100,7 @@ fn attack(stage: &mut Stage<'_>) -> Fallible<Sent> {
     let begun = Instant::now();
     while begun.elapsed() < stage.options.during || sent.broken < 100 {
         round(stage, &mut rng, &mut sent)?;
-        if stage.broker.still_runs().is_err() || begun.elapsed() > stage.options.during + PATIENCE {
+        if stage.broker.still_runs().is_err() || begun.elapsed() > stage.options.during + stage.options.grace {
             break;
         }
     }
@@ -143,7 +142,7 @@ fn round(stage: &mut Stage<'_>, rng: &mut Rng, sent: &mut Sent) -> Fallible<()> 
     sent.survived += alive.len();
     let (mut peers, what): (Vec<Peer>, Vec<(State, Garbage)>) =
         broken.into_iter().map(|(peer, state, kind)| (peer, (state, kind))).unzip();
-    let left = closed_by_broker(&mut peers)?;
+    let left = crowd::until_closed(&mut peers, stage.options.grace)?;
     let first = peers.iter().position(Peer::is_open).map(|at| what[at]);
     stage.expect(left == 0, || format!("{left} connections are open in spite of their bytes, one with {first:?}"));
     // Two turns, so that an end would have been seen.
@@ -152,15 +151,6 @@ fn round(stage: &mut Stage<'_>, rng: &mut Rng, sent: &mut Sent) -> Fallible<()> 
     let open = crowd::open(&alive);
     stage.expect(open == alive.len(), || format!("{} were closed for a malformed payload", alive.len() - open));
     Ok(())
-}
-
-/// Waits for the broker to close; answers before that are not looked at. How many it did not.
-fn closed_by_broker(peers: &mut [Peer]) -> Fallible<usize> {
-    let end = Instant::now() + PATIENCE;
-    while crowd::open(peers) > 0 && Instant::now() < end {
-        crowd::turn(peers, Duration::from_millis(20))?;
-    }
-    Ok(crowd::open(peers))
 }
 
 fn garbage(kind: Garbage, state: State, version: u16, rng: &mut Rng) -> Vec<u8> {

@@ -12,6 +12,7 @@ use crate::wire::{PUBLISH, Said, put_string};
 
 const NAME: &str = "slowloris";
 const DEADLINE: Duration = Duration::from_millis(1_500);
+const FRAME_TIMEOUT: Duration = Duration::from_secs(2);
 const PER_ADDRESS: usize = 100;
 const PER_CORE: usize = 400;
 /// Connections one attacker keeps trying to hold; many attackers hold as many.
@@ -22,8 +23,8 @@ const NEW_AT_ONCE: usize = 50;
 const SLOW_FRAMES: usize = 20;
 /// From one byte to the next.
 const DRIP: Duration = Duration::from_millis(50);
-/// What may pass between a deadline and the end that follows it on a machine that is busy.
-const GRACE: Duration = Duration::from_secs(10);
+/// An honest login is answered by then.
+const LOGIN_PATIENCE: Duration = Duration::from_secs(10);
 
 pub fn run(options: &Options) -> Fallible<Outcome> {
     let settings = [
@@ -36,7 +37,7 @@ pub fn run(options: &Options) -> Fallible<Outcome> {
     let before = stage.metrics();
     stage.rest(Phase::Before);
     let attack = stage.measured(Phase::During, attack)?;
-    let after = stage.until(GRACE, |m| m.get("connections") <= before.get("connections"));
+    let after = stage.until(options.grace, |m| m.get("connections") <= before.get("connections"));
     stage.rest(Phase::After);
 
     let grown = |reason| after.by("connections_closed_total", reason) - before.by("connections_closed_total", reason);
@@ -90,7 +91,7 @@ fn attack(stage: &mut Stage<'_>) -> Fallible<Attack> {
     hold(stage, &mut attack, &from_many, cores * PER_CORE)?;
 
     let (mut slow, begun) = slow_frames;
-    while crowd::open(&slow) > 0 && begun.elapsed() < GRACE + stage.options.during {
+    while crowd::open(&slow) > 0 && begun.elapsed() < FRAME_TIMEOUT + Duration::from_secs(1) + stage.options.grace {
         slow.iter_mut().for_each(|peer| peer.sends = 1);
         crowd::turn(&mut slow, DRIP)?;
         std::thread::sleep(DRIP);
@@ -128,7 +129,7 @@ fn hold(stage: &mut Stage<'_>, attack: &mut Attack, from: &dyn Fn(usize) -> Ipv4
     stage.expect(most <= allowed, || {
         format!("{most} connections at once, where {places} that are not logged in may be")
     });
-    let end = Instant::now() + DEADLINE + GRACE;
+    let end = Instant::now() + DEADLINE + stage.options.grace;
     while !peers.is_empty() && Instant::now() < end {
         drip(&mut peers)?;
         retire(&mut peers, attack);
@@ -186,7 +187,7 @@ pub const V1_PUBLISH: u8 = 0x03;
 
 /// Waits for the answer to `push_login`.
 pub fn logged_in(link: &mut Link, version: u16) -> std::io::Result<bool> {
-    let end = Instant::now() + GRACE;
+    let end = Instant::now() + LOGIN_PATIENCE;
     while Instant::now() < end {
         link.flush()?;
         if version == 1 {

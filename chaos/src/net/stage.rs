@@ -31,6 +31,8 @@ pub struct Options {
     pub during: Duration,
     pub storm: usize,
     pub stalled: usize,
+    /// What may pass between a deadline of the broker's and what follows from it, on a machine that is busy.
+    pub grace: Duration,
     /// Further environment of the broker; wins over the scenario's own.
     pub extra: Vec<(String, String)>,
     /// Keep the folders of clean runs, too.
