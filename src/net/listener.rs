@@ -4,8 +4,9 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use crate::limits;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+
+use crate::limits;
 
 /// Connections the kernel holds for us until we accept them.
 const BACKLOG: i32 = 4096;
