@@ -110,6 +110,10 @@ pub struct Net {
     pub tcp_user_timeout_ms: u64,
     /// Per core.
     pub unauthenticated_max: u64,
+    /// Per core and address.
+    pub unauthenticated_per_address_max: u64,
+    /// 0: a frame may take as long as it likes.
+    pub frame_timeout_ms: u64,
     pub drain_ms: u64,
 }
 
@@ -172,6 +176,8 @@ impl Default for Config {
                 keepalive_ms: 30_000,
                 tcp_user_timeout_ms: 30_000,
                 unauthenticated_max: limits::UNAUTHENTICATED_PER_CORE_MAX as u64,
+                unauthenticated_per_address_max: limits::UNAUTHENTICATED_PER_ADDRESS_MAX as u64,
+                frame_timeout_ms: 30_000,
                 drain_ms: 2_000,
             },
             shards: Shards { count: 0, cpus: Vec::new(), virtual_shards: 64, shard_ports: false },

@@ -105,6 +105,10 @@ impl Broker {
         }
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// SIGKILL, and waits until the process is reaped.
     pub fn kill(mut self) -> io::Result<ExitStatus> {
         self.child.kill()?;

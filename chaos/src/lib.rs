@@ -17,6 +17,8 @@ pub mod crash;
 pub mod history;
 /// A message's payload, from which a delivery tells what was published.
 pub mod message;
+/// `chaos net`: a bad network, and clients that misbehave on purpose.
+pub mod net;
 /// What any history must satisfy; judges every harness.
 pub mod oracle;
 /// One measured figure, appended to a file from which RESULTS.md is written.

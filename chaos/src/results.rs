@@ -35,6 +35,7 @@ pub const EXPECTED: &[(&str, &str)] = &[
     ("net stalled", "500 consumers that do not read"),
     ("net garbage", "bytes that are no frames"),
     ("net half-open", "peers that vanish"),
+    ("net descriptors", "no file descriptors left"),
     ("loom", "the ring, all interleavings"),
 ];
 

@@ -239,6 +239,9 @@ fn settings(config: &Config, store: &Store, core: CoreId, cores: u16, port: u16)
         cache_bytes: budget / 8 * 3,
         entries_max: (budget / 2 / index::ENTRY_BYTES).max(1024),
         unauthenticated_max: usize::try_from(config.net.unauthenticated_max).unwrap_or(usize::MAX),
+        unauthenticated_per_address_max: usize::try_from(config.net.unauthenticated_per_address_max)
+            .unwrap_or(usize::MAX),
+        frame_timeout: ms(config.net.frame_timeout_ms),
         connection_bytes: usize::try_from(config.net.connection_bytes.0).unwrap_or(usize::MAX),
         idle_marker: config.storage.idle_marker,
         ports: if config.shards.shard_ports { (0..cores).map(|c| port + 1 + c).collect() } else { Vec::new() },

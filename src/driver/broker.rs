@@ -156,7 +156,10 @@ impl Broker {
                 clock,
                 open_conns: Arc::clone(&open_conns),
                 connections_max: usize::try_from(machine.max_connections).unwrap_or(usize::MAX),
-                user_timeout: Duration::from_millis(config.net.tcp_user_timeout_ms),
+                patience: listener::Patience {
+                    keepalive: Duration::from_millis(config.net.keepalive_ms),
+                    user_timeout: Duration::from_millis(config.net.tcp_user_timeout_ms),
+                },
                 drain: Duration::from_millis(config.net.drain_ms),
                 store: numbers.take(),
                 control: controlled,

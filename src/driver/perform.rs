@@ -7,7 +7,7 @@ use bytes::Bytes;
 use crate::driver::conn::Conn;
 use crate::driver::{Core, add};
 use crate::limits;
-use crate::metrics::{Closed, Direction};
+use crate::metrics::{Closed, Direction, Refused};
 use crate::protocol::reply::Reply;
 use crate::shard::Shard;
 use crate::shard::effects::{CloseReason, Effects, ForKeeper, Snapshot};
@@ -50,6 +50,9 @@ impl Core {
             }
         }
         for (id, reason) in effects.close.drain(..) {
+            if reason == CloseReason::TooManyUnauthenticated {
+                self.counts.refused.borrow_mut().add(Refused::Unauthenticated, 1);
+            }
             if let Some(conn) = self.conn(id) {
                 conn.close(closed(reason));
             }
@@ -207,7 +210,9 @@ pub(super) fn fail_stop(error: &WriteFailed) -> ! {
 fn closed(reason: CloseReason) -> Closed {
     match reason {
         CloseReason::BadFrame => Closed::Protocol,
-        CloseReason::AuthDeadline | CloseReason::TooManyUnauthenticated => Closed::AuthDeadline,
+        CloseReason::AuthDeadline => Closed::AuthDeadline,
+        CloseReason::TooManyUnauthenticated => Closed::Refused,
+        CloseReason::SlowFrame => Closed::SlowFrame,
         CloseReason::SlowConsumer => Closed::TooSlow,
         CloseReason::Silent => Closed::Silent,
     }

@@ -1,7 +1,7 @@
 //! O_DIRECT write, then sync, then "durable up to", in that order.
 //!
 //! Owns: the open files of one core's stream, each locked on its own descriptor: while a write of this process can still
-//! land, nobody else may read the slot (DURABILITY 0, point 9). Never: retries; after a failed write or sync nobody knows
+//! land, nobody else may read the slot (DURABILITY 0, point 9). Never: writes or syncs again what failed; nobody knows then
 //! what is on the disk, and the process ends.
 
 use std::cell::RefCell;
@@ -15,6 +15,7 @@ use rustc_hash::FxHashMap;
 use crate::types::Slot;
 use crate::wal::batch::Write;
 use crate::wal::disk;
+use crate::wal::reader::{OPEN_ATTEMPTS, OPEN_RETRY, is_out_of_descriptors, open_patiently};
 
 #[derive(Debug, thiserror::Error)]
 pub enum WriteFailed {
@@ -66,7 +67,7 @@ impl Writer {
         if self.dsync {
             options.custom_flags(nix::libc::O_DSYNC);
         }
-        let file = match options.dma_open(&path).await {
+        let file = match open_patiently(&path, async || options.dma_open(&path).await).await {
             Ok(file) => file,
             Err(error) => return Err(WriteFailed::Open { path: shown, reason: error.to_string() }),
         };
@@ -79,6 +80,10 @@ impl Writer {
                 Ok(true) => break,
                 Ok(false) if attempt < LOCK_ATTEMPTS => glommio::timer::sleep(LOCK_RETRY).await,
                 Ok(false) => return Err(WriteFailed::Locked { path: shown }),
+                // A lock wants a descriptor, too.
+                Err(error) if attempt < OPEN_ATTEMPTS && is_out_of_descriptors(error.raw_os_error()) => {
+                    glommio::timer::sleep(OPEN_RETRY).await;
+                }
                 Err(error) => return Err(WriteFailed::Open { path: shown, reason: error.to_string() }),
             }
         }

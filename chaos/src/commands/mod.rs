@@ -2,6 +2,7 @@
 
 pub mod crash;
 pub mod judge;
+pub mod net;
 pub mod report;
 
 use std::time::{SystemTime, UNIX_EPOCH};
