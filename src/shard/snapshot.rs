@@ -19,6 +19,8 @@ use crate::types::{Qos, Seq, SubId, TopicId, VShard};
 use crate::wal::record::KeyId;
 
 const VERSION: u8 = 1;
+/// Numbers given one by one never come near this, so counting on from one cannot overflow.
+const SEQ_MAX: u64 = 1 << 63;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SnapshotError {
@@ -28,6 +30,8 @@ pub enum SnapshotError {
     Version { vshard: u16, version: u8 },
     #[error("the state of virtual shard {vshard} in the checkpoint has an unknown subscription kind {kind}")]
     Kind { vshard: u16, kind: u8 },
+    #[error("the state of virtual shard {vshard} in the checkpoint has {what} before byte {at} that cannot be")]
+    Number { vshard: u16, at: usize, what: &'static str },
 }
 
 /// The state of one virtual shard.
@@ -106,11 +110,11 @@ pub fn decode(catalog: &mut Catalog, vshard: VShard, blob: &[u8], window: Durati
     }
     let ids = NextIds { topic: input.u32("the next topic")?, sub: input.u32("the next subscription")? };
     for _ in 0..input.u32("the topics")? {
-        let id = TopicId { vshard, index: input.u32("a topic's id")? };
+        let id = TopicId { vshard, index: input.id("a topic's id")? };
         let name = Bytes::copy_from_slice(input.bytes("a topic's name")?);
         catalog.create_topic(id, name);
         let Some(topic) = catalog.topics.get_mut(&id) else { continue };
-        topic.next_seq = Seq(input.u64("a topic's sequence")?);
+        topic.next_seq = input.seq("a topic's sequence")?;
         topic.stored = input.u64("a topic's count")?;
         topic.stored_bytes = input.u64("a topic's bytes")?;
         for _ in 0..input.u32("the message ids")? {
@@ -121,12 +125,12 @@ pub fn decode(catalog: &mut Catalog, vshard: VShard, blob: &[u8], window: Durati
         for _ in 0..input.u32("the publishers")? {
             let id = input.u64("a publisher's id")?;
             let seen = WallMs(input.u64("a publisher's time")?);
-            let stored = input.ranges("a publisher's sequences")?;
+            let stored = input.ranges("a publisher's sequences", u64::MAX)?;
             topic.dedup.restore_publisher(id, Publisher { stored, seen });
         }
     }
     for _ in 0..input.u32("the subscriptions")? {
-        let id = SubId { vshard, index: input.u32("a subscription's id")? };
+        let id = SubId { vshard, index: input.id("a subscription's id")? };
         let topic = TopicId { vshard, index: input.u32("a subscription's topic")? };
         let kind = input.u8("a subscription's kind")?;
         let name = input.bytes("a subscription's name")?;
@@ -136,12 +140,15 @@ pub fn decode(catalog: &mut Catalog, vshard: VShard, blob: &[u8], window: Durati
             (3, _) => Kind::DeadLetters,
             (kind, _) => return Err(SnapshotError::Kind { vshard: vshard.0, kind }),
         };
-        let start = Seq(input.u64("a subscription's start")?.max(1));
+        let start = input.seq("a subscription's start")?;
         let mut sub = Subscription::new(id, topic, kind, Qos::AtLeastOnce, start, 0);
-        sub.floor = Seq(input.u64("a subscription's floor")?);
+        sub.floor = input.seq("a subscription's floor")?;
         sub.stored_before = input.u64("a subscription's beginning")?;
+        if catalog.topics.get(&topic).is_some_and(|topic| topic.stored < sub.stored_before) {
+            return Err(input.cannot_be("a subscription's beginning"));
+        }
         sub.finished = input.u64("a subscription's count")?;
-        sub.done = input.ranges("what a subscription has finished")?;
+        sub.done = input.ranges("what a subscription has finished", SEQ_MAX)?;
         for _ in 0..input.u32("the failed deliveries")? {
             let seq = Seq(input.u64("a failed delivery")?);
             let failures = input.u16("a delivery's failures")?;
@@ -216,12 +223,29 @@ impl<'a> Input<'a> {
         self.take(len as usize, what)
     }
 
-    fn ranges(&mut self, what: &'static str) -> Result<Ranges, SnapshotError> {
+    /// A number of a topic or subscription.
+    fn id(&mut self, what: &'static str) -> Result<u32, SnapshotError> {
+        let id = self.u32(what)?;
+        if id == u32::MAX { Err(self.cannot_be(what)) } else { Ok(id) }
+    }
+
+    /// A message's number, from 1.
+    fn seq(&mut self, what: &'static str) -> Result<Seq, SnapshotError> {
+        let seq = self.u64(what)?;
+        if (1..=SEQ_MAX).contains(&seq) { Ok(Seq(seq)) } else { Err(self.cannot_be(what)) }
+    }
+
+    fn cannot_be(&self, what: &'static str) -> SnapshotError {
+        SnapshotError::Number { vshard: self.vshard, at: self.at, what }
+    }
+
+    /// - `max`: the largest number in them.
+    fn ranges(&mut self, what: &'static str, max: u64) -> Result<Ranges, SnapshotError> {
         let mut ranges = Ranges::default();
         for _ in 0..self.u32(what)? {
             let (first, last) = (self.u64(what)?, self.u64(what)?);
-            if first > last {
-                return Err(SnapshotError::Short { vshard: self.vshard, at: self.at, what });
+            if first > last || last > max {
+                return Err(self.cannot_be(what));
             }
             ranges.insert_range(Seq(first), Seq(last));
         }
