@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge};
+use chaos::commands::{crash, judge, record};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -18,12 +18,15 @@ enum Command {
     Crash(crash::Args),
     /// Judge a history that was kept.
     Judge(judge::Args),
+    /// Append a figure that a script measured to the rows of RESULTS.md.
+    Record(record::Args),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Crash(args) => crash::run(&args),
         Command::Judge(args) => judge::run(&args),
+        Command::Record(args) => record::run(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

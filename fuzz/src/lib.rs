@@ -26,3 +26,9 @@ pub const TARGETS: [(&str, fn(&[u8])); 8] = [
     ("import_v1", import_v1::run),
     ("http_request", http_request::run),
 ];
+
+/// Before the first input: plants the mistake that the environment names, if the build has any.
+pub fn begin() {
+    #[cfg(feature = "planted-bugs")]
+    blipmq::planted::from_env().expect("a known mistake");
+}

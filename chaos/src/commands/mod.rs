@@ -2,6 +2,7 @@
 
 pub mod crash;
 pub mod judge;
+pub mod record;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
