@@ -23,6 +23,8 @@ pub mod oracle;
 pub mod record;
 /// What was found, as a table and as JSON.
 pub mod report;
+/// The durability part of RESULTS.md.
+pub mod results;
 /// Chance that a seed repeats.
 pub mod rng;
 /// `chaos crash --protocol v1`: the same question, asked by clients without names and confirms.

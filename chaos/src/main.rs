@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge, record};
+use chaos::commands::{crash, judge, record, report};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -20,6 +20,8 @@ enum Command {
     Judge(judge::Args),
     /// Append a figure that a script measured to the rows of RESULTS.md.
     Record(record::Args),
+    /// Show what was recorded with --record, or write it into RESULTS.md.
+    Report(report::Args),
 }
 
 fn main() -> ExitCode {
@@ -27,6 +29,7 @@ fn main() -> ExitCode {
         Command::Crash(args) => crash::run(&args),
         Command::Judge(args) => judge::run(&args),
         Command::Record(args) => record::run(&args),
+        Command::Report(args) => report::run(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

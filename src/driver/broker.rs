@@ -112,7 +112,7 @@ impl Broker {
             checkpoint_interval: Duration::from_millis(config.storage.checkpoint_interval_ms),
         };
         let KeeperHandle { to_keeper, from_keeper, mut grants, gauges, thread: keeper } =
-            Keeper::start(Arc::clone(&store), &recovery.store, keeper_config)?;
+            Keeper::start(Arc::clone(&store), &recovery.store, &|| recovery.state(), keeper_config)?;
         let (listen, listeners) = bind_all(loaded.listen, cores, config.shards.shard_ports)?;
 
         let readiness = Arc::new(Readiness::default());

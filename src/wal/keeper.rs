@@ -22,7 +22,7 @@ use super::batch::{GRANTS_IN_HAND, Grant};
 use super::checkpoint::{Checkpoint, SealedEnd, StreamState, VShardState};
 use super::disk::{self, WriteError, is_no_space};
 use super::record::SealedStream;
-use super::segments::{CoreReport, Policy, Segments};
+use super::segments::{CoreReport, Live, Policy, Segments, UNLISTED_MIN};
 use super::start::RecoveredStore;
 use super::store::{self, Store, StoreError, io_at};
 use crate::time::WallMs;
@@ -78,6 +78,15 @@ pub struct CoreSnapshot {
     pub vshards: Vec<(VShard, u64, Bytes)>,
     /// The core's broker time.
     pub wall: WallMs,
+}
+
+/// What recovery has read, as a checkpoint would say it.
+#[derive(Debug)]
+pub struct RecoveredState {
+    /// By number.
+    pub vshards: Vec<VShardState>,
+    /// Every slot with at least one live message.
+    pub live: Vec<(Slot, Live)>,
 }
 
 #[derive(Clone, Debug)]
@@ -207,9 +216,12 @@ impl Drop for AbortOnPanic {
 impl Keeper {
     /// Starts the thread, with slots granted to each core. Too little space for all that are wanted is an error only if a core
     /// could not begin: a full disk must not keep a broker from serving its backlog.
+    ///
+    /// - `state`: asked for only if there is too little space.
     pub fn start(
         store: Arc<Store>,
         recovered: &RecoveredStore,
+        state: &dyn Fn() -> RecoveredState,
         config: KeeperConfig,
     ) -> Result<KeeperHandle, StoreError> {
         let slots_max = (config.disk_quota > 0)
@@ -252,7 +264,8 @@ impl Keeper {
             gauges: Arc::clone(&gauges),
             config,
         };
-        let grants = keeper.first_grants()?;
+        let grants =
+            keeper.first_grants(&mut |keeper| keeper.checkpoint_at_start(state(), recovered.recovered.time))?;
         let run = move || {
             let _guard = AbortOnPanic;
             keeper.run(&inbox);
@@ -263,12 +276,22 @@ impl Keeper {
         Ok(KeeperHandle { to_keeper, from_keeper, grants, gauges, thread })
     }
 
-    fn first_grants(&mut self) -> Result<Vec<Vec<Grant>>, StoreError> {
+    /// - `make_room`: called at most once, if a core could not begin.
+    fn first_grants(&mut self, make_room: &mut dyn FnMut(&mut Keeper)) -> Result<Vec<Vec<Grant>>, StoreError> {
         let mut grants = vec![Vec::new(); self.cores.len()];
+        let mut make_room = Some(make_room);
         // One for everybody before a second for anybody.
         for round in 0..GRANTS_PER_CORE {
             for core in (0..self.config.cores).map(CoreId) {
                 let mut granted = self.grant(core);
+                let none = |granted: &io::Result<_>| granted.as_ref().map_or_else(is_no_space, Option::is_none);
+                if round < GRANTS_TO_START
+                    && none(&granted)
+                    && let Some(make_room) = make_room.take()
+                {
+                    make_room(self);
+                    granted = self.grant(core);
+                }
                 if round < GRANTS_TO_START && matches!(granted, Ok(None)) {
                     // The quota is used up, and only a broker that runs can free some of it: publishes will be refused.
                     tracing::warn!(core = core.0, "one segment beyond the disk quota, to be able to start");
@@ -595,6 +618,22 @@ impl Keeper {
         }
     }
 
+    /// A broker that is killed on a full disk, and again, leaves a segment each time that holds next to nothing, and no
+    /// checkpoint that says so. Two of them, of what recovery has read, free those before new ones are needed.
+    fn checkpoint_at_start(&mut self, state: RecoveredState, time: WallMs) {
+        tracing::warn!("no space to begin the log; taking a checkpoint first, which may free some");
+        let RecoveredState { vshards, live } = state;
+        self.segments.report(CoreReport { core: CoreId(0), covered: Lsn(0), live, begun: Vec::new() });
+        for _ in 0..UNLISTED_MIN {
+            // No stream of this run has begun: it is the runs before that are covered.
+            if !self.write_checkpoint(Vec::new(), vshards.clone(), time, self.incarnation - 1) {
+                return;
+            }
+        }
+        // The first one of this run is still to come.
+        self.first = true;
+    }
+
     /// Writes what the cores have said. False: there is no space for it; the next cycle tries again.
     fn checkpoint(&mut self, snapshots: Vec<CoreSnapshot>) -> bool {
         let mut streams = Vec::new();
@@ -616,6 +655,17 @@ impl Keeper {
             time = time.max(wall);
             self.segments.report(report);
         }
+        self.write_checkpoint(streams, vshards, time, self.incarnation)
+    }
+
+    /// - `streams`: of this run; those before that are still needed are added.
+    fn write_checkpoint(
+        &mut self,
+        mut streams: Vec<StreamState>,
+        vshards: Vec<VShardState>,
+        time: WallMs,
+        incarnation: u64,
+    ) -> bool {
         let live = self.segments.to_list();
         self.sealed.retain(|sealed| live.iter().any(|segment| segment.stream == sealed.stream));
         streams.extend(self.sealed.iter().map(|sealed| StreamState {
@@ -629,7 +679,7 @@ impl Keeper {
             store: self.store.id(),
             segment_size: self.store.segment_size(),
             number,
-            incarnation: self.incarnation,
+            incarnation,
             time,
             streams,
             live,
@@ -696,11 +746,14 @@ mod tests {
     use super::*;
     use crate::wal::disk::tests::scratch;
     use crate::wal::format::Segment;
-    use crate::wal::segments::Live;
     use crate::wal::store::tests::options;
 
     const SIZE: u64 = store::SEGMENT_SIZE_MIN as u64;
     const DEADLINE: Duration = Duration::from_secs(30);
+
+    fn no_state() -> RecoveredState {
+        RecoveredState { vshards: Vec::new(), live: Vec::new() }
+    }
 
     /// A core as the keeper sees it.
     struct FakeCore {
@@ -778,7 +831,7 @@ mod tests {
     fn start_in(dir: PathBuf, disk_quota: u64) -> (Arc<Store>, KeeperHandle, FakeCore) {
         let store = Arc::new(Store::open(&options(dir)).unwrap());
         let config = KeeperConfig { cores: 1, spare: 1, disk_quota, checkpoint_interval: Duration::from_millis(5) };
-        let handle = Keeper::start(Arc::clone(&store), &RecoveredStore::empty(), config).unwrap();
+        let handle = Keeper::start(Arc::clone(&store), &RecoveredStore::empty(), &no_state, config).unwrap();
         let core = FakeCore {
             to_keeper: handle.to_keeper.clone(),
             inbox: handle.from_keeper[0].clone(),
@@ -928,7 +981,7 @@ mod tests {
         let store = Arc::new(Store::open(&options(scratch("keeper-small"))).unwrap());
         let config =
             KeeperConfig { cores: 2, spare: 1, disk_quota: 6 * SIZE, checkpoint_interval: Duration::from_millis(5) };
-        let error = Keeper::start(store, &RecoveredStore::empty(), config).unwrap_err();
+        let error = Keeper::start(store, &RecoveredStore::empty(), &no_state, config).unwrap_err();
         assert_eq!(error.exit_code(), 78);
         assert!(error.to_string().contains("at least 7 segments"), "{error}");
     }

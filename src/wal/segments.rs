@@ -76,7 +76,7 @@ const RELOCATE_AGAIN_AFTER: u64 = 60;
 /// Slots being emptied at one time.
 const RELOCATIONS_MAX: usize = 2;
 /// Checkpoints that must not list a slot before it is free: both files recovery may start from.
-const UNLISTED_MIN: u8 = 2;
+pub(super) const UNLISTED_MIN: u8 = 2;
 
 #[derive(Debug)]
 pub struct Segments {

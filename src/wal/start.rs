@@ -208,8 +208,11 @@ fn at_start(
 /// Whether a start from this checkpoint would not look at the segment: written before it, covered by it, not listed in it.
 fn is_done(segment: &Segment, checkpoint: &Checkpoint, segment_size: u32) -> bool {
     let end = (segment.sequence + 1).saturating_mul(u64::from(segment_size));
-    let covered = segment.stream.incarnation < checkpoint.incarnation
-        || checkpoint.streams.iter().any(|state| state.stream == segment.stream && end <= state.covered.0);
+    // As recovery sees it: a stream up to its run that it does not list is not needed.
+    let covered = match checkpoint.streams.iter().find(|state| state.stream == segment.stream) {
+        Some(state) => end <= state.covered.0 || segment.stream.incarnation < checkpoint.incarnation,
+        None => segment.stream.incarnation <= checkpoint.incarnation,
+    };
     covered && !checkpoint.live.contains(segment)
 }
 
