@@ -107,7 +107,7 @@ keep() {
     local scratch
     scratch=$(mktemp -d)
     # The control file has a line "FT number feature…" for every input, in the order of the names at its top.
-    mkdir -p "$scratch/out" "$chaos/fuzz-corpus/$1"
+    mkdir -p "$scratch/out" "$chaos/fuzz-corpus/$1" "fuzz/corpus/$1"
     "$bins/$1" -merge=1 -merge_control_file="$scratch/control" "$scratch/out" "$chaos/fuzz-corpus/$1" ${FUZZ_CORPUS:+"$FUZZ_CORPUS/$1"} \
         "fuzz/corpus/$1" >"$scratch/log" 2>&1 || { cat "$scratch/log" >&2; return 1; }
     rm -f "fuzz/corpus/$1"/kept-*

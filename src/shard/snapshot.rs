@@ -252,3 +252,65 @@ impl<'a> Input<'a> {
         Ok(ranges)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHARD: VShard = VShard(0);
+
+    /// One topic and one subscription, so far as the numbers differ.
+    fn state(topic: u32, next_seq: u64, start: u64, stored_before: u64) -> Vec<u8> {
+        let mut out = vec![VERSION];
+        for number in [1, 1, 1, topic] {
+            put_u32(&mut out, number);
+        }
+        put_bytes(&mut out, b"a");
+        for number in [next_seq, 5, 0] {
+            put_u64(&mut out, number);
+        }
+        for number in [0, 0, 1, 1, topic] {
+            put_u32(&mut out, number);
+        }
+        out.push(1);
+        put_bytes(&mut out, b"name");
+        for number in [start, 1, stored_before, 0] {
+            put_u64(&mut out, number);
+        }
+        put_u32(&mut out, 0);
+        put_u32(&mut out, 0);
+        out
+    }
+
+    fn read(blob: &[u8]) -> Result<Bytes, SnapshotError> {
+        let mut catalog = Catalog::default();
+        decode(&mut catalog, SHARD, blob, Duration::from_millis(1))?;
+        Ok(encode(&catalog, SHARD))
+    }
+
+    /// Found by fuzzing: counting on from such numbers overflowed.
+    #[test]
+    fn numbers_that_nobody_can_have_given_are_refused() {
+        let cases = [
+            (state(u32::MAX, 9, 1, 5), "a topic's id"),
+            (state(1, 0, 1, 5), "a topic's sequence"),
+            (state(1, u64::MAX, 1, 5), "a topic's sequence"),
+            (state(1, 9, 0, 5), "a subscription's start"),
+            (state(1, 9, 1, 6), "a subscription's beginning"),
+        ];
+        for (blob, expected) in cases {
+            let Err(SnapshotError::Number { what, .. }) = read(&blob) else { panic!("{expected} was taken") };
+            assert_eq!(what, expected);
+        }
+    }
+
+    #[test]
+    fn a_state_cut_short_anywhere_is_refused() {
+        let blob = state(1, 9, 1, 5);
+        let read_again = |blob: &[u8]| read(blob).map(|_| ());
+        assert_eq!(read_again(&blob), Ok(()));
+        for len in 1..blob.len() {
+            assert!(matches!(read(&blob[..len]), Err(SnapshotError::Short { .. })), "{len} bytes");
+        }
+    }
+}

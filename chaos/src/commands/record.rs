@@ -51,7 +51,8 @@ mod tests {
     #[test]
     fn a_script_appends_a_row() -> Fallible<()> {
         let file = std::env::temp_dir().join(format!("chaos-record-{}", std::process::id()));
-        let words = "record --name fuzz --extent 5 --found x --clean false --seconds 1.5 --command scripts/fuzz.sh --file";
+        let words =
+            "record --name fuzz --extent 5 --found x --clean false --seconds 1.5 --command scripts/fuzz.sh --file";
         let cli = Cli::parse_from(words.split(' ').chain([file.to_str().ok_or("not a text")?]));
         assert!(run(&cli.args)?);
         let row: Row = serde_json::from_str(std::fs::read_to_string(&file)?.trim_end())?;
