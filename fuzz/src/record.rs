@@ -46,6 +46,7 @@ fn record(bytes: &[u8]) {
         return;
     };
     assert!(used <= bytes.len() && used == record.padded_len());
+    assert_eq!(crc32c::crc32c(&bytes[8..record.encoded_len()]).to_le_bytes(), bytes[4..8], "the checksum");
     assert_eq!(Record::decode_alone(&bytes[..record.encoded_len()]), Ok(record.clone()));
 
     let mut again = Vec::new();
