@@ -140,12 +140,12 @@ keep() {
     printf '%-18s %s inputs, %s bytes\n' "$1" "$(ls "fuzz/corpus/$1" | wc -l)" "$(cat "fuzz/corpus/$1"/* | wc -c)"
 }
 
-# planted TARGET BUG: caught within a minute?
+# planted TARGET BUG: caught within a minute (or FUZZ_SECONDS)?
 planted() {
     local folder=$chaos/fuzz-planted/$1-$2
     mkdir -p "$folder"
     # shellcheck disable=SC2046
-    ! "target/fuzz-planted/$host/release/$1" "$folder" "$chaos/fuzz-corpus/$1" "fuzz/corpus/$1" -max_total_time=60 -rss_limit_mb=1024 \
+    ! "target/fuzz-planted/$host/release/$1" "$folder" "$chaos/fuzz-corpus/$1" "fuzz/corpus/$1" -max_total_time="${FUZZ_SECONDS:-60}" -rss_limit_mb=1024 \
         -timeout=20 -artifact_prefix="$folder/" $(options "$1") >"$folder.log" 2>&1 </dev/null
 }
 
