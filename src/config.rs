@@ -24,8 +24,9 @@ use crate::wal::commit::FsyncPolicy;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// All settings. Fields have the names of the keys; `config/blipmq.toml` explains each.
 #[derive(Clone, PartialEq, Debug)]
@@ -240,6 +241,15 @@ struct Draft {
 ///
 /// The first trouble found ends it: the broker must not run half-configured. Exit code then: `ConfigError::EXIT_CODE`.
 pub fn load(flags: &Flags, env: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Loaded, ConfigError> {
+    load_reading(flags, env, file::read)
+}
+
+/// The same, with whatever `read` says is in the file.
+pub fn load_reading(
+    flags: &Flags,
+    env: impl IntoIterator<Item = (OsString, OsString)>,
+    read: impl Fn(&Path) -> io::Result<String>,
+) -> Result<Loaded, ConfigError> {
     let mut draft = Draft::default();
     let variables = env::Variables::new(env)?;
     let file = match &flags.config {
@@ -247,7 +257,7 @@ pub fn load(flags: &Flags, env: impl IntoIterator<Item = (OsString, OsString)>) 
         None => variables.config_path().map(|path| (path, "environment variable BLIPMQ_CONFIG")),
     };
     if let Some((path, named_by)) = &file {
-        file::apply(path, named_by, &mut draft)?;
+        file::apply(path, read(path), named_by, &mut draft)?;
     }
     variables.apply(&mut draft)?;
     flags.apply(&mut draft)?;

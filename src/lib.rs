@@ -27,7 +27,7 @@ pub mod wal;
 #[cfg(feature = "server")]
 pub mod deliver;
 /// Across cores.
-#[cfg(any(feature = "server", all(loom, test)))]
+#[cfg(any(feature = "server", test))]
 pub mod ring;
 /// Joins the stages on one core.
 #[cfg(feature = "server")]

@@ -36,6 +36,7 @@ const PURE: &[&str] = &[
     "time.rs",
     "metrics.rs",
     "access.rs",
+    "gateway/request.rs",
     "protocol",
     "shard",
     "deliver/outbox.rs",

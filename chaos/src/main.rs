@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge, net, report};
+use chaos::commands::{crash, judge, net, record, report};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -20,6 +20,8 @@ enum Command {
     Net(net::Args),
     /// Judge a history that was kept.
     Judge(judge::Args),
+    /// Append a figure that a script measured to the rows of RESULTS.md.
+    Record(record::Args),
     /// Show what was recorded with --record, or write it into RESULTS.md.
     Report(report::Args),
 }
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
         Command::Crash(args) => crash::run(&args),
         Command::Net(args) => net::run(&args),
         Command::Judge(args) => judge::run(&args),
+        Command::Record(args) => record::run(&args),
         Command::Report(args) => report::run(&args),
     };
     match result {

@@ -507,6 +507,92 @@ mod loom_tests {
         });
     }
 
+    /// Sends and receives `each` items, and sleeps whenever there is nothing to do: as a core does.
+    fn exchange(port: &mut Port<u32>, peer: CoreId, each: u32) {
+        let (mut sent, mut got) = (0, 0);
+        loop {
+            while sent < each && port.push(peer, sent).is_ok() {
+                sent += 1;
+            }
+            port.drain(|from, item| {
+                assert_eq!((from, item), (peer, got));
+                got += 1;
+            });
+            port.flush_wakes();
+            if sent == each && got == each {
+                return;
+            }
+            wait(port);
+        }
+    }
+
+    /// Both rings are full at times, so both cores wait for room and for items, in turns.
+    #[test]
+    fn batches_cross_both_ways() {
+        bounded(|| {
+            let (mut a, mut b) = two(1);
+            let other = thread::spawn(move || {
+                exchange(&mut b, A, 2);
+                b
+            });
+            exchange(&mut a, B, 2);
+            drop(other.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn two_senders_wake_one_sleeper() {
+        bounded(|| {
+            let mut ports = mesh::<u32>(3, 2);
+            let mut b = ports.remove(1);
+            let senders: Vec<_> = ports
+                .into_iter()
+                .map(|mut port| {
+                    thread::spawn(move || {
+                        port.push(B, u32::from(port.core().0)).unwrap();
+                        port.flush_wakes();
+                        port
+                    })
+                })
+                .collect();
+            let mut got = Vec::new();
+            while got.len() < 2 {
+                wait(&mut b);
+                b.drain(|from, item| {
+                    assert_eq!(item, u32::from(from.0));
+                    got.push(item);
+                });
+            }
+            senders.into_iter().for_each(|sender| drop(sender.join().unwrap()));
+        });
+    }
+
+    /// What was sent to it is dropped once, its waker is gone, and the peer that was waking it finds out.
+    #[test]
+    fn a_port_may_go_while_it_is_woken() {
+        bounded(|| {
+            let mut ports = mesh::<loom::sync::Arc<()>>(2, 2);
+            let (mut b, mut a) = (ports.pop().unwrap(), ports.pop().unwrap());
+            let item = loom::sync::Arc::new(());
+            let theirs = item.clone();
+            let sender = thread::spawn(move || {
+                a.push(B, theirs).unwrap();
+                a.flush_wakes();
+                a
+            });
+            let woken = std::sync::Arc::new(Unpark(thread::current()));
+            let waker = Waker::from(std::sync::Arc::clone(&woken));
+            let _either = b.poll_ready(&mut Context::from_waker(&waker));
+            drop(waker);
+            drop(b);
+            let a = sender.join().unwrap();
+            assert!(a.is_gone(B));
+            drop(a);
+            assert_eq!(loom::sync::Arc::strong_count(&item), 1);
+            assert_eq!(std::sync::Arc::strong_count(&woken), 1, "a waker outlived its port");
+        });
+    }
+
     #[test]
     fn question_and_answer() {
         bounded(|| {

@@ -54,6 +54,8 @@ pub const SEGMENT_SIZE_MAX: u32 = 1 << 30;
 
 /// Beyond what any stream reaches; keeps positions far from overflow.
 const SEQUENCE_MAX: u64 = 1 << 32;
+/// Likewise: no position of any segment size reaches it.
+const LSN_MAX: u64 = (SEQUENCE_MAX + 1) * SEGMENT_SIZE_MAX as u64;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"BLIPSEG2";
 const SEGMENT_VERSION: u32 = 1;
@@ -309,7 +311,8 @@ impl FrameHeader {
             && header.padded_bytes() == u32_at(bytes, 12)
             && header.sequence <= SEQUENCE_MAX
             && header.durable <= header.prev_end
-            && header.prev_end <= header.lsn;
+            && header.prev_end <= header.lsn
+            && header.lsn.0 <= LSN_MAX;
         sane.then_some((header, sums))
     }
 }
@@ -567,6 +570,21 @@ mod tests {
         let mut nearly_zero = [0; BLOCK];
         nearly_zero[BLOCK - 1] = 1;
         assert_eq!(classify(&nearly_zero, &place()), Found::Garbage);
+    }
+
+    /// Found by fuzzing: the end of such a frame overflowed.
+    #[test]
+    fn a_position_no_stream_reaches_is_not_believed() {
+        let mut header = frame_header();
+        let decoded = |header: &FrameHeader| {
+            let mut frame = vec![0; FRAME_HEADER];
+            header.seal(&mut frame);
+            FrameHeader::decode(&frame).map(|(header, _)| header.end())
+        };
+        (header.sequence, header.lsn) = (SEQUENCE_MAX, lsn(SEQUENCE_MAX, SEGMENT_SIZE_MAX, BLOCK as u32));
+        assert_eq!(decoded(&header), Some(Lsn(header.lsn.0 + BLOCK as u64)));
+        header.lsn = Lsn(u64::MAX);
+        assert_eq!(decoded(&header), None);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 pub mod crash;
 pub mod judge;
 pub mod net;
+pub mod record;
 pub mod report;
 
 use std::time::{SystemTime, UNIX_EPOCH};
