@@ -140,6 +140,8 @@ impl Plan {
             cache_bytes: 1 << 20,
             entries_max: 100_000,
             unauthenticated_max: 1000,
+            unauthenticated_per_address_max: 1000,
+            frame_timeout: Duration::from_secs(30),
             connection_bytes: 1 << 20,
             idle_marker: true,
             ports: Vec::new(),
