@@ -230,6 +230,7 @@ fn is_done(segment: &Segment, checkpoint: &Checkpoint, segment_size: u32) -> boo
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::fs;
     use std::os::unix::fs::FileExt;
 
     use super::*;
