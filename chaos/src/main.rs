@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge};
+use chaos::commands::{crash, disk, judge, power};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -16,6 +16,10 @@ struct Cli {
 enum Command {
     /// Kill -9 a real broker under load, restart it, drain it, judge the history.
     Crash(crash::Args),
+    /// Cut the power at random moments of a recorded run: build each disk it could leave, start, drain, judge.
+    Power(power::Args),
+    /// Let the disk fail under a running broker: write, sync and read errors, no space, slowness.
+    Disk(disk::Args),
     /// Judge a history that was kept.
     Judge(judge::Args),
 }
@@ -23,6 +27,8 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Crash(args) => crash::run(&args),
+        Command::Power(args) => power::run(&args),
+        Command::Disk(args) => disk::run(&args),
         Command::Judge(args) => judge::run(&args),
     };
     match result {

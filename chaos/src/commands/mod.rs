@@ -1,7 +1,9 @@
 //! What the command line asks for: arguments in, a verdict out. One file per command.
 
 pub mod crash;
+pub mod disk;
 pub mod judge;
+pub mod power;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
