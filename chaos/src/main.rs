@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge, net, record, report};
+use chaos::commands::{crash, disk, judge, net, power, record, report};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -18,6 +18,10 @@ enum Command {
     Crash(crash::Args),
     /// A bad network, and clients that misbehave on purpose.
     Net(net::Args),
+    /// Cut the power at random moments of a recorded run: build each disk it could leave, start, drain, judge.
+    Power(power::Args),
+    /// Let the disk fail under a running broker: write, sync and read errors, no space, slowness.
+    Disk(disk::Args),
     /// Judge a history that was kept.
     Judge(judge::Args),
     /// Append a figure that a script measured to the rows of RESULTS.md.
@@ -30,6 +34,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Crash(args) => crash::run(&args),
         Command::Net(args) => net::run(&args),
+        Command::Power(args) => power::run(&args),
+        Command::Disk(args) => disk::run(&args),
         Command::Judge(args) => judge::run(&args),
         Command::Record(args) => record::run(&args),
         Command::Report(args) => report::run(&args),
