@@ -30,8 +30,12 @@ impl Parking {
 
     /// Wakes the core if it sleeps; of several peers that come at once, one does.
     fn wake(&self) {
-        // The load first: the core is awake most of the time, and a swap would take its cache line away from it.
-        if self.parked.load(Ordering::Relaxed) && self.parked.swap(false, Ordering::SeqCst) {
+        // The load first: the core is awake most of the time, and an exchange would take its cache line away from it.
+        // Not a swap, which writes also when another peer was faster: loom takes such a write for one that may come late, and
+        // then finds lost wake-ups that no machine can show.
+        let (success, failure) = (Ordering::SeqCst, Ordering::Relaxed);
+        let parked = &self.parked;
+        if parked.load(Ordering::Relaxed) && parked.compare_exchange(true, false, success, failure).is_ok() {
             self.waker.wake();
         }
     }
@@ -433,6 +437,7 @@ mod tests {
 mod loom_tests {
     use std::task::{Wake, Waker};
 
+    use loom::sync::{Condvar, Mutex};
     use loom::thread;
 
     use super::*;
@@ -446,18 +451,35 @@ mod loom_tests {
         (ports.pop().unwrap(), b)
     }
 
-    struct Unpark(thread::Thread);
+    /// Where a thread sleeps. Not loom's `park`: that forgets an `unpark` that comes while the thread waits for a lock.
+    #[derive(Default)]
+    struct Bed {
+        called: Mutex<bool>,
+        bell: Condvar,
+    }
 
-    impl Wake for Unpark {
+    impl Bed {
+        fn sleep(&self) {
+            let mut called = self.called.lock().unwrap();
+            while !*called {
+                called = self.bell.wait(called).unwrap();
+            }
+            *called = false;
+        }
+    }
+
+    impl Wake for Bed {
         fn wake(self: std::sync::Arc<Self>) {
-            self.0.unpark();
+            *self.called.lock().unwrap() = true;
+            self.bell.notify_one();
         }
     }
 
     fn wait(port: &mut Port<u32>) {
-        let waker = Waker::from(std::sync::Arc::new(Unpark(thread::current())));
+        let bed = std::sync::Arc::new(Bed::default());
+        let waker = Waker::from(std::sync::Arc::clone(&bed));
         while port.poll_ready(&mut Context::from_waker(&waker)).is_pending() {
-            thread::park();
+            bed.sleep();
         }
     }
 
@@ -580,7 +602,7 @@ mod loom_tests {
                 a.flush_wakes();
                 a
             });
-            let woken = std::sync::Arc::new(Unpark(thread::current()));
+            let woken = std::sync::Arc::new(Bed::default());
             let waker = Waker::from(std::sync::Arc::clone(&woken));
             let _either = b.poll_ready(&mut Context::from_waker(&waker));
             drop(waker);
