@@ -33,6 +33,8 @@ macro_rules! bugs {
 bugs! {
     /// A publish is confirmed when it is appended, before it is written.
     ConfirmBeforeDurable = "confirm-before-durable",
+    /// Segments are read and written while writes of a dead process may still land in them.
+    IgnoreSegmentLock = "ignore-segment-lock",
 }
 
 #[cfg(feature = "planted-bugs")]

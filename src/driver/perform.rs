@@ -151,6 +151,7 @@ impl Core {
             self.write_busy.set(true);
             if write.new_segment {
                 self.begun.borrow_mut().push(write.segment);
+                add(&self.counts.segments_begun, 1);
             }
             let core = self.clone();
             glommio::spawn_local(async move {
