@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 
 use super::spsc::{Consumer, Producer, ring};
 use super::sync::{Arc, AtomicBool, AtomicWaker, Ordering, fence};
+use crate::planted::planted;
 use crate::types::CoreId;
 
 /// Where one core sleeps. Written by its own core when it parks, by a peer when it wakes it.
@@ -104,6 +105,18 @@ impl<T> Port<T> {
         link.refused = pushed.is_err();
         link.pushed |= pushed.is_ok();
         pushed
+    }
+
+    /// Pushes what is in `slot`; leaves it there if that ring is full, and says `false`.
+    pub fn offer(&mut self, to: CoreId, slot: &mut T) -> bool
+    where
+        T: Default,
+    {
+        let Err(item) = self.push(to, std::mem::take(slot)) else { return true };
+        if !planted!(DropOnFullRing) {
+            *slot = item;
+        }
+        false
     }
 
     /// After the last push and the last pop of a turn: wakes the cores that sleep and have something to do now.

@@ -25,6 +25,7 @@ use super::record::SealedStream;
 use super::segments::{CoreReport, Policy, Segments};
 use super::start::RecoveredStore;
 use super::store::{self, Store, StoreError, io_at};
+use crate::planted::planted;
 use crate::time::WallMs;
 use crate::types::{CoreId, Lsn, Slot, StreamId, VShard};
 
@@ -384,7 +385,7 @@ impl Keeper {
         if self.segments.free() == 0 && !self.make()? {
             return Ok(None);
         }
-        let salt = getrandom::u64().map_err(io::Error::other)?;
+        let salt = if planted!(SaltReused) { 1 } else { getrandom::u64().map_err(io::Error::other)? };
         let created = WallMs(store::now_ms());
         let slot = self.segments.grant(core, salt);
         if slot.is_some_and(|slot| self.freed.remove(&slot)) {

@@ -12,6 +12,7 @@ use std::time::Duration;
 use glommio::io::{DmaFile, OpenOptions};
 use rustc_hash::FxHashMap;
 
+use crate::planted::planted;
 use crate::types::Slot;
 use crate::wal::batch::Write;
 use crate::wal::disk;
@@ -63,7 +64,7 @@ impl Writer {
         let shown = path.display().to_string();
         let mut options = OpenOptions::new();
         options.read(true).write(true);
-        if self.dsync {
+        if self.dsync && !planted!(SkipSync) {
             options.custom_flags(nix::libc::O_DSYNC);
         }
         let file = match options.dma_open(&path).await {
@@ -96,6 +97,7 @@ impl Writer {
         let path = || disk::slot_path(&self.wal_dir, write.slot).display().to_string();
         match file.write_at(buffer, u64::from(write.offset)).await {
             Ok(written) if written == len => {}
+            Ok(_) | Err(_) if planted!(WriteErrorIgnored) => {}
             Ok(written) => return Err(WriteFailed::Short { path: path(), offset: write.offset, len, written }),
             Err(error) => {
                 let reason = error.to_string();
@@ -116,10 +118,18 @@ impl Writer {
 
     /// Syncs everything written before the call.
     pub async fn sync(&self) -> Result<(), WriteFailed> {
-        let dirty = std::mem::take(&mut *self.dirty.borrow_mut());
+        let mut dirty = std::mem::take(&mut *self.dirty.borrow_mut());
+        if planted!(SkipSync) {
+            dirty.clear();
+        } else if planted!(SyncForgetsOldSegment) {
+            dirty.drain(..dirty.len().saturating_sub(1));
+        }
         for slot in &dirty {
             let file = self.open(*slot).await?;
-            if let Err(error) = file.fdatasync().await {
+            if let Err(error) = file.fdatasync().await
+                && !planted!(SyncErrorIgnored)
+                && (!planted!(SyncRetried) || file.fdatasync().await.is_err())
+            {
                 let path = disk::slot_path(&self.wal_dir, *slot).display().to_string();
                 return Err(WriteFailed::Sync { path, reason: error.to_string() });
             }
