@@ -27,6 +27,8 @@ pub mod report;
 pub mod results;
 /// Chance that a seed repeats.
 pub mod rng;
+/// `chaos sim`: lives of a broker in virtual time, each from one seed.
+pub mod sim;
 /// `chaos crash --protocol v1`: the same question, asked by clients without names and confirms.
 pub mod v1;
 /// The v2 wire, as much as a publisher and a consumer need.

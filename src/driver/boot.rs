@@ -13,7 +13,9 @@ use crate::shard::{Parts, index};
 use crate::time::Duration;
 use crate::types::{ClientSubIds, CoreId, Lsn, StreamId, VShard};
 use crate::wal::batch::{Grant, Log, LogConfig};
+use crate::wal::checkpoint::Checkpoint;
 use crate::wal::commit::Commit;
+use crate::wal::recovery::Entry;
 use crate::wal::start::{RecoveredStore, StartError, recover};
 use crate::wal::store::{Store, StoreOptions};
 
@@ -41,33 +43,60 @@ pub fn read_store(store: &Store, config: &Config) -> Result<Recovery, StartError
     let began = Instant::now();
     let vshards = store.identity().virtual_shards;
     let window = Duration::from_millis(config.delivery.dedup_window_ms);
-    let catalogs: Vec<Catalog> = (0..vshards).map(|_| Catalog::default()).collect();
     // Both closures of `recover` work on the same state, one after the other.
-    let state = std::cell::RefCell::new((catalogs, vec![0u64; usize::from(vshards)]));
-    let recovered = recover(
-        store,
-        &mut |checkpoint| {
-            let (catalogs, covered) = &mut *state.borrow_mut();
-            for (number, vshard) in checkpoint.vshards.iter().enumerate() {
-                let id = VShard(number as u16);
-                snapshot::decode(&mut catalogs[number], id, &vshard.state, window).map_err(|e| e.to_string())?;
-                covered[number] = vshard.last_index;
-            }
-            Ok(())
-        },
-        &mut |entry| {
-            let (catalogs, covered) = &mut *state.borrow_mut();
-            let number = usize::from(entry.vshard.0);
-            let in_checkpoint = entry.index.is_some_and(|index| index <= covered[number]);
-            catalogs[number].replay(entry.vshard, &entry.record, entry.at, in_checkpoint, window);
-        },
-    )?;
-    let (mut catalogs, _) = state.into_inner();
-    for catalog in &mut catalogs {
-        catalog.replayed();
-    }
+    let replay = std::cell::RefCell::new(Replay::new(vshards, window));
+    let recovered = recover(store, &mut |checkpoint| replay.borrow_mut().load(checkpoint), &mut |entry| {
+        replay.borrow_mut().visit(&entry)
+    })?;
+    let catalogs = replay.into_inner().finish();
     log_recovery(&recovered, &catalogs, began, config);
     Ok(Recovery { store: recovered, took: began.elapsed(), catalogs })
+}
+
+/// The state of every virtual shard, as the checkpoint and then the log bring it about. Pure.
+pub struct Replay {
+    catalogs: Vec<Catalog>,
+    /// By virtual shard: the last index in the checkpoint.
+    covered: Vec<u64>,
+    window: Duration,
+}
+
+impl Replay {
+    /// - `window`: how long an identity is remembered.
+    pub fn new(vshards: u16, window: Duration) -> Replay {
+        let catalogs = (0..vshards).map(|_| Catalog::default()).collect();
+        Replay { catalogs, covered: vec![0; usize::from(vshards)], window }
+    }
+
+    pub fn load(&mut self, checkpoint: &Checkpoint) -> Result<(), String> {
+        for (number, vshard) in checkpoint.vshards.iter().enumerate() {
+            let id = VShard(number as u16);
+            snapshot::decode(&mut self.catalogs[number], id, &vshard.state, self.window).map_err(|e| e.to_string())?;
+            self.covered[number] = vshard.last_index;
+        }
+        Ok(())
+    }
+
+    pub fn visit(&mut self, entry: &Entry<'_>) {
+        let number = usize::from(entry.vshard.0);
+        let in_checkpoint = entry.index.is_some_and(|index| index <= self.covered[number]);
+        self.catalogs[number].replay(entry.vshard, &entry.record, entry.at, in_checkpoint, self.window);
+    }
+
+    /// By virtual shard.
+    pub fn finish(mut self) -> Vec<Catalog> {
+        self.catalogs.iter_mut().for_each(Catalog::replayed);
+        self.catalogs
+    }
+}
+
+/// Puts the virtual shards of each core together.
+pub fn by_core(catalogs: Vec<Catalog>, cores: u16) -> Vec<Catalog> {
+    let mut by_core: Vec<Catalog> = (0..cores).map(|_| Catalog::default()).collect();
+    for (number, catalog) in catalogs.into_iter().enumerate() {
+        by_core[usize::from(VShard(number as u16).core(cores).0)].absorb(catalog);
+    }
+    by_core
 }
 
 fn log_recovery(store: &RecoveredStore, catalogs: &[Catalog], began: Instant, config: &Config) {
@@ -120,14 +149,10 @@ impl Recovery {
         port: u16,
     ) -> Vec<Parts> {
         let sub_ids = ClientSubIds::default();
-        let mut by_core: Vec<Catalog> = (0..cores).map(|_| Catalog::default()).collect();
-        for (number, catalog) in self.catalogs.into_iter().enumerate() {
-            by_core[usize::from(VShard(number as u16).core(cores).0)].absorb(catalog);
-        }
         let recovered = &self.store.recovered;
         let mut last_index = recovered.last_index.clone();
         last_index.resize(usize::from(store.identity().virtual_shards), 0);
-        by_core
+        by_core(self.catalogs, cores)
             .into_iter()
             .enumerate()
             .map(|(number, catalog)| {

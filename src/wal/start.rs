@@ -11,14 +11,14 @@ use std::time::Instant;
 use super::checkpoint::{self, Checkpoint, ChooseError};
 use super::disk::{SlotFiles, checkpoint_paths};
 use super::format::{HeaderBlock, Segment, SegmentHeader};
-use super::recovery::{self, Entry, Mode, Recovered, RecoveryError, Segments as _, StoreShape};
+use super::recovery::{self, Entry, Mode, Recovered, RecoveryError, StoreShape};
 use super::segments::{Policy, Segments};
 use super::store::{Store, StoreError, io_at};
 use crate::limits::BLOCK;
 use crate::types::Slot;
 
 /// A recovered store, ready for the keeper and for one new stream per core.
-#[derive(Debug)]
+#[derive(PartialEq, Debug)]
 pub struct RecoveredStore {
     pub recovered: Recovered,
     /// Of this run: larger than any ever seen in the store.
@@ -27,7 +27,7 @@ pub struct RecoveredStore {
     pub fallbacks: u32,
     pub took: std::time::Duration,
     /// Of the newest checkpoint; 0: none was ever whole.
-    pub(super) checkpoint_number: u64,
+    pub checkpoint_number: u64,
     slots: Vec<(Slot, AtStart)>,
 }
 
@@ -96,10 +96,15 @@ pub fn read_checkpoints(store: &Store) -> Result<Checkpoints, StartError> {
         };
     }
     let [a, b] = &files;
-    let chosen = checkpoint::choose(a.as_deref(), b.as_deref())?;
+    Ok(choose([a.as_deref(), b.as_deref()])?)
+}
+
+/// Of the two files' contents.
+pub fn choose(files: [Option<&[u8]>; 2]) -> Result<Checkpoints, ChooseError> {
+    let chosen = checkpoint::choose(files[0], files[1])?;
     let older = chosen.checkpoint.as_ref().and_then(|newest| {
-        let other = files.iter().flatten().filter_map(|bytes| Checkpoint::decode(bytes).ok());
-        other.into_iter().find(|older| older.number < newest.number)
+        let mut other = files.iter().flatten().filter_map(|bytes| Checkpoint::decode(bytes).ok());
+        other.find(|older| older.number < newest.number)
     });
     Ok(Checkpoints { newest: chosen.checkpoint, older, fallbacks: chosen.fallbacks })
 }
@@ -119,7 +124,7 @@ impl RecoveredStore {
     }
 
     /// The keeper's table of slots.
-    pub(super) fn segments(&self, policy: Policy, cores: u16) -> Segments {
+    pub fn segments(&self, policy: Policy, cores: u16) -> Segments {
         let mut segments = Segments::new(policy, self.incarnation, cores);
         for &(slot, state) in &self.slots {
             match state {
@@ -149,20 +154,9 @@ pub fn recover(
 ) -> Result<RecoveredStore, StartError> {
     let started = Instant::now();
     let files = SlotFiles::open_synced(store)?;
-    let Checkpoints { newest, older, fallbacks } = read_checkpoints(store)?;
-    if let Some(checkpoint) = &newest {
-        load(checkpoint).map_err(StartError::State)?;
-    }
-    let recovered = recovery::recover(&shape(store), &files, newest.as_ref(), Mode::Strict, visit)?;
-    let slots = at_start(&files, store, &recovered.live, older.as_ref())?;
-    let out = RecoveredStore {
-        incarnation: recovered.incarnation_max + 1,
-        checkpoint_number: newest.map_or(0, |checkpoint| checkpoint.number),
-        fallbacks,
-        took: started.elapsed(),
-        recovered,
-        slots,
-    };
+    let mut out = recover_from(&shape(store), &files, read_checkpoints(store)?, load, visit)?;
+    out.took = started.elapsed();
+    let fallbacks = out.fallbacks;
     let Recovered { truncated, frames, records, clean, .. } = &out.recovered;
     tracing::debug!(
         frames,
@@ -180,10 +174,34 @@ pub fn recover(
     Ok(out)
 }
 
+/// The part of a start that neither opens a file nor reads a clock. `files` are locked and synced.
+pub fn recover_from(
+    shape: &StoreShape,
+    files: &dyn recovery::Segments,
+    checkpoints: Checkpoints,
+    load: &mut dyn FnMut(&Checkpoint) -> Result<(), String>,
+    visit: &mut dyn FnMut(Entry<'_>),
+) -> Result<RecoveredStore, StartError> {
+    let Checkpoints { newest, older, fallbacks } = checkpoints;
+    if let Some(checkpoint) = &newest {
+        load(checkpoint).map_err(StartError::State)?;
+    }
+    let recovered = recovery::recover(shape, files, newest.as_ref(), Mode::Strict, visit)?;
+    let slots = at_start(files, shape.segment_size, &recovered.live, older.as_ref())?;
+    Ok(RecoveredStore {
+        incarnation: recovered.incarnation_max + 1,
+        checkpoint_number: newest.map_or(0, |checkpoint| checkpoint.number),
+        fallbacks,
+        took: std::time::Duration::ZERO,
+        recovered,
+        slots,
+    })
+}
+
 /// Sorts the slots. `live`: what recovery found to be a part of the log.
 fn at_start(
-    files: &SlotFiles,
-    store: &Store,
+    files: &dyn recovery::Segments,
+    segment_size: u32,
     live: &[Segment],
     older: Option<&Checkpoint>,
 ) -> Result<Vec<(Slot, AtStart)>, RecoveryError> {
@@ -195,7 +213,7 @@ fn at_start(
             (None, HeaderBlock::Zero) => AtStart::Free,
             (None, HeaderBlock::Whole(header)) => {
                 let segment = Segment { stream: header.stream, sequence: header.sequence, slot, salt: header.salt };
-                let free = older.is_some_and(|older| is_done(&segment, older, store.segment_size()));
+                let free = older.is_some_and(|older| is_done(&segment, older, segment_size));
                 if free { AtStart::Free } else { AtStart::Used(segment) }
             }
             (None, HeaderBlock::Damaged | HeaderBlock::Unsupported { .. }) => AtStart::Unknown,
