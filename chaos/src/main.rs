@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge};
+use chaos::commands::{crash, judge, power};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -16,6 +16,8 @@ struct Cli {
 enum Command {
     /// Kill -9 a real broker under load, restart it, drain it, judge the history.
     Crash(crash::Args),
+    /// Cut the power at random moments of a recorded run: build each disk it could leave, start, drain, judge.
+    Power(power::Args),
     /// Judge a history that was kept.
     Judge(judge::Args),
 }
@@ -23,6 +25,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Crash(args) => crash::run(&args),
+        Command::Power(args) => power::run(&args),
         Command::Judge(args) => judge::run(&args),
     };
     match result {

@@ -2,6 +2,7 @@
 
 pub mod crash;
 pub mod judge;
+pub mod power;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
