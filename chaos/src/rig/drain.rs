@@ -156,7 +156,8 @@ impl Drain<'_> {
                     return self.misbehaved(format!("a delivery for subscription {sub}"));
                 };
                 let message = MessageId::decode(&payload);
-                let conn = self.run * 1_000_000;
+                // To the oracle, each subscription has its own.
+                let conn = self.run * 1_000_000 + u32::from(number);
                 self.events.push(Event::Deliver(Delivery { sub: number, conn, tag, attempt, redelivered, message }));
                 if let Some(message) = message {
                     self.due.push((sub, tag, message));

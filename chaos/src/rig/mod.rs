@@ -21,6 +21,7 @@ pub mod qmp;
 /// The log of writes, and the disks a power cut leaves.
 pub mod writes;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,7 +48,7 @@ impl FileSystem {
     /// Bytes of a disk: small, so that many fit; mkfs.xfs makes none below 300 MiB.
     pub fn disk_size(self) -> u64 {
         match self {
-            FileSystem::Ext4 => 96 << 20,
+            FileSystem::Ext4 => 128 << 20,
             FileSystem::Xfs => 320 << 20,
         }
     }
@@ -95,8 +96,6 @@ pub fn check_tools(fs: FileSystem) -> Fallible<()> {
     }
     Ok(())
 }
-
-use std::os::unix::fs::MetadataExt;
 
 /// The usual folders too: a user's PATH may lack them.
 fn find(tool: &str) -> Option<PathBuf> {
