@@ -33,6 +33,16 @@ macro_rules! bugs {
 bugs! {
     /// A publish is confirmed when it is appended, before it is written.
     ConfirmBeforeDurable = "confirm-before-durable",
+    /// The log is neither opened for synced writes nor synced.
+    SkipSync = "skip-sync",
+    /// A checkpoint is left to the page cache.
+    CheckpointNotSynced = "checkpoint-not-synced",
+    /// Every checkpoint is written over the newest one.
+    CheckpointInPlace = "checkpoint-in-place",
+    /// The first write to a segment, its header, counts as synced.
+    HeaderNotSynced = "header-not-synced",
+    /// A failed write or sync of the log counts as done.
+    IgnoreIoError = "ignore-io-error",
 }
 
 #[cfg(feature = "planted-bugs")]

@@ -75,6 +75,56 @@ struct Seen {
     micros: u64,
 }
 
+/// What a cut took of what had been confirmed, as far as the policy excuses it.
+#[derive(Default)]
+struct Losses {
+    publishes: Table<()>,
+    /// By subscription.
+    acks: Vec<Table<()>>,
+    taken: Taken,
+    /// Delivered before the cut, and not there after it, though nobody acknowledged them.
+    delivered_too_early: Vec<(u16, u64)>,
+}
+
+/// Something about messages. Publishers number densely, so it is a table.
+#[derive(Clone)]
+struct Table<T>(Vec<Vec<Option<T>>>);
+
+impl<T> Default for Table<T> {
+    fn default() -> Self {
+        Table(Vec::new())
+    }
+}
+
+impl<T: Clone> Table<T> {
+    fn get(&self, publisher: u16, seq: u64) -> Option<&T> {
+        self.0.get(usize::from(publisher))?.get(seq as usize)?.as_ref()
+    }
+
+    fn has(&self, publisher: u16, seq: u64) -> bool {
+        self.get(publisher, seq).is_some()
+    }
+
+    /// The first one counts.
+    fn put(&mut self, publisher: u16, seq: u64, value: T) {
+        let (row, at) = (usize::from(publisher), seq as usize);
+        if row >= self.0.len() {
+            self.0.resize(row + 1, Vec::new());
+        }
+        if at >= self.0[row].len() {
+            self.0[row].resize(at + 1, None);
+        }
+        self.0[row][at].get_or_insert(value);
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (u16, u64, &T)> {
+        let rows = (0u16..).zip(&self.0);
+        rows.flat_map(|(publisher, row)| {
+            (0u64..).zip(row).filter_map(move |(seq, value)| Some((publisher, seq, value.as_ref()?)))
+        })
+    }
+}
+
 impl<'a> Cut<'a> {
     /// The events that count, in their order.
     fn before(&self) -> impl Iterator<Item = (usize, &'a Stamped)> + use<'a> {
@@ -85,15 +135,13 @@ impl<'a> Cut<'a> {
             // Never stored, however late that is heard; and what the harness noticed.
             _ => true,
         };
-        let mut invoked = HashSet::new();
+        let mut invoked = Table::default();
         self.recorded.iter().enumerate().filter(move |(_, stamped)| match stamped.event {
             Event::Invoke { publisher, seq } if counts(stamped) => {
-                invoked.insert((publisher, seq));
+                invoked.put(publisher, seq, ());
                 true
             }
-            Event::Rejected { publisher, seq, .. } | Event::Unknown { publisher, seq } => {
-                invoked.contains(&(publisher, seq))
-            }
+            Event::Rejected { publisher, seq, .. } | Event::Unknown { publisher, seq } => invoked.has(publisher, seq),
             _ => counts(stamped),
         })
     }
@@ -116,45 +164,83 @@ impl<'a> Cut<'a> {
     }
 
     /// `after`: all that was seen on the disk as the cut left it. `drained`: everything on it has come out.
-    /// The history that was judged is handed back.
-    pub fn judge(&self, after: &[Event], drained: bool) -> (Verdict, Taken, Vec<Event>) {
-        let mut invoked: HashMap<(u16, u64), usize> = HashMap::new();
-        let mut confirmed: HashMap<(u16, u64), Seen> = HashMap::new();
-        let mut delivered: HashSet<(u16, u64)> = HashSet::new();
-        let mut ack_sent: HashSet<(u16, u16, u64)> = HashSet::new();
-        let mut acked: HashMap<(u16, u16, u64), Seen> = HashMap::new();
+    pub fn judge(&self, after: &[Event], drained: bool) -> (Verdict, Taken) {
+        let losses = self.losses(after);
+        let mut oracle = Oracle::new(self.plan.clone());
+        self.history(&losses, after).for_each(|event| oracle.observe(event));
+        let mut verdict = oracle.finish(drained);
+        if let Allowed::Records(most) = self.allowed
+            && losses.taken.publishes > most
+        {
+            let text = format!("the cut took {} confirmed messages; at most {most} may go", losses.taken.publishes);
+            verdict.found(Kind::Lost, text);
+        }
+        if self.plan.strict && drained {
+            for (publisher, seq) in losses.delivered_too_early {
+                let text = format!("message {seq} of publisher {publisher} was delivered before it was durable");
+                verdict.found(Kind::Lost, text);
+            }
+        }
+        (verdict, losses.taken)
+    }
+
+    /// The history that `judge` shows the oracle.
+    pub fn judged(&self, after: &[Event]) -> Vec<Event> {
+        self.history(&self.losses(after), after).cloned().collect()
+    }
+
+    /// What counts, less what the policy excuses.
+    fn history<'b>(&self, losses: &'b Losses, after: &'b [Event]) -> impl Iterator<Item = &'b Event>
+    where
+        'a: 'b,
+    {
+        let before = self.before().map(|(_, stamped)| &stamped.event).filter(|event| match **event {
+            Event::Confirmed { publisher, seq, .. } => !losses.publishes.has(publisher, seq),
+            Event::Acked { sub, publisher, seq } => !losses.acks[usize::from(sub)].has(publisher, seq),
+            _ => true,
+        });
+        before.chain(after)
+    }
+
+    fn losses(&self, after: &[Event]) -> Losses {
+        let subs = self.plan.subscriptions.len();
+        let mut invoked: Table<usize> = Table::default();
+        let mut confirmed: Table<Seen> = Table::default();
+        let mut delivered: Table<()> = Table::default();
+        let mut ack_sent = vec![Table::<()>::default(); subs];
+        let mut acked = vec![Table::<Seen>::default(); subs];
         for (index, Stamped { stamp, event }) in self.before() {
             let seen = Seen { index, micros: stamp.micros };
             match *event {
                 // The first time it could have been stored.
-                Event::Invoke { publisher, seq } => _ = invoked.entry((publisher, seq)).or_insert(index),
-                Event::Confirmed { publisher, seq, .. } => _ = confirmed.entry((publisher, seq)).or_insert(seen),
+                Event::Invoke { publisher, seq } => invoked.put(publisher, seq, index),
+                Event::Confirmed { publisher, seq, .. } => confirmed.put(publisher, seq, seen),
                 Event::Deliver(Delivery { message: Some(MessageId { publisher, seq, .. }), .. }) => {
-                    delivered.insert((publisher, seq));
+                    delivered.put(publisher, seq, ());
                 }
-                Event::AckSent { sub, publisher, seq } => _ = ack_sent.insert((sub, publisher, seq)),
-                Event::Acked { sub, publisher, seq } => _ = acked.entry((sub, publisher, seq)).or_insert(seen),
+                Event::AckSent { sub, publisher, seq } => ack_sent[usize::from(sub)].put(publisher, seq, ()),
+                Event::Acked { sub, publisher, seq } => acked[usize::from(sub)].put(publisher, seq, seen),
                 _ => {}
             }
         }
 
         // What came out, and was in: a publish sent again and stored as new was not.
-        let mut came: HashSet<(u16, u64)> = HashSet::new();
-        let mut came_to: HashSet<(u16, u16, u64)> = HashSet::new();
-        let mut anew: HashSet<(u16, u64)> = HashSet::new();
+        let mut came: Table<()> = Table::default();
+        let mut came_to = vec![Table::<()>::default(); subs];
+        let mut anew: Table<()> = Table::default();
         for event in after {
             match *event {
                 Event::Deliver(Delivery { sub, message: Some(MessageId { publisher, seq, .. }), .. }) => {
-                    came.insert((publisher, seq));
-                    came_to.insert((sub, publisher, seq));
+                    came.put(publisher, seq, ());
+                    came_to[usize::from(sub)].put(publisher, seq, ());
                 }
-                Event::Confirmed { publisher, seq, duplicate: false } => _ = anew.insert((publisher, seq)),
+                Event::Confirmed { publisher, seq, duplicate: false } => anew.put(publisher, seq, ()),
                 _ => {}
             }
         }
         let mut horizon: HashMap<u16, usize> = HashMap::new();
-        for message in came.difference(&anew) {
-            if let (Some(index), Some(log)) = (invoked.get(message), self.log_of(message.0)) {
+        for (publisher, seq, ()) in came.iter().filter(|(publisher, seq, ())| !anew.has(*publisher, *seq)) {
+            if let (Some(index), Some(log)) = (invoked.get(publisher, seq), self.log_of(publisher)) {
                 let latest = horizon.entry(log).or_default();
                 *latest = (*latest).max(*index);
             }
@@ -169,48 +255,33 @@ impl<'a> Cut<'a> {
                 }
         };
 
-        let waits = |(publisher, seq): (u16, u64)| {
+        let waits = |publisher: u16, seq: u64| {
             let topic = self.plan.publishers.get(usize::from(publisher));
-            (0..).zip(&self.plan.subscriptions).any(|(sub, planned): (u16, _)| {
-                topic == Some(&planned.topic) && !ack_sent.contains(&(sub, publisher, seq))
-            })
+            let mut subs = self.plan.subscriptions.iter().zip(&ack_sent);
+            subs.any(|(planned, sent)| topic == Some(&planned.topic) && !sent.has(publisher, seq))
         };
-        let gone = confirmed
-            .iter()
-            .filter(|(message, seen)| !came.contains(message) && waits(**message) && excused(message.0, seen));
-        let gone: HashSet<(u16, u64)> = gone.map(|(message, _)| *message).collect();
-        let undone = acked.iter().filter(|(ack, seen)| came_to.contains(ack) && excused(ack.1, seen));
-        let undone: HashSet<(u16, u16, u64)> = undone.map(|(ack, _)| *ack).collect();
-
-        let history = self.before().map(|(_, stamped)| &stamped.event).filter(|event| match **event {
-            Event::Confirmed { publisher, seq, .. } => !gone.contains(&(publisher, seq)),
-            Event::Acked { sub, publisher, seq } => !undone.contains(&(sub, publisher, seq)),
-            _ => true,
-        });
-        let history: Vec<Event> = history.chain(after).cloned().collect();
-        let mut oracle = Oracle::new(self.plan.clone());
-        history.iter().for_each(|event| oracle.observe(event));
-        let mut verdict = oracle.finish(drained);
-
-        let taken =
-            Taken { confirmed: confirmed.len() as u64, publishes: gone.len() as u64, acks: undone.len() as u64 };
-        if let Allowed::Records(most) = self.allowed
-            && taken.publishes > most
-        {
-            let text = format!("the cut took {} confirmed messages; at most {most} may go", taken.publishes);
-            verdict.found(Kind::Lost, text);
+        let mut losses = Losses { acks: vec![Table::default(); subs], ..Losses::default() };
+        for (publisher, seq, seen) in confirmed.iter() {
+            losses.taken.confirmed += 1;
+            if !came.has(publisher, seq) && waits(publisher, seq) && excused(publisher, seen) {
+                losses.publishes.put(publisher, seq, ());
+                losses.taken.publishes += 1;
+            }
         }
-        if self.plan.strict && drained {
-            // Delivered under `always` means durable, confirmed or not.
-            for message in delivered.iter().filter(|m| !confirmed.contains_key(m) && waits(**m)) {
-                if !came.contains(message) {
-                    let text =
-                        format!("message {} of publisher {} was delivered before it was durable", message.1, message.0);
-                    verdict.found(Kind::Lost, text);
+        for (sub, (acked, came)) in acked.iter().zip(&came_to).enumerate() {
+            for (publisher, seq, seen) in acked.iter() {
+                if came.has(publisher, seq) && excused(publisher, seen) {
+                    losses.acks[sub].put(publisher, seq, ());
+                    losses.taken.acks += 1;
                 }
             }
         }
-        (verdict, taken, history)
+        // Delivered under `always` means durable, confirmed or not; what is confirmed the oracle misses by itself.
+        let early = delivered.iter().map(|(publisher, seq, ())| (publisher, seq)).filter(|(publisher, seq)| {
+            !confirmed.has(*publisher, *seq) && !came.has(*publisher, *seq) && waits(*publisher, *seq)
+        });
+        losses.delivered_too_early = early.collect();
+        losses
     }
 
     /// `None`: not in the plan.
@@ -289,8 +360,7 @@ mod tests {
         fn judge(&self, at: u64, allowed: Allowed, one_log: bool) -> (Verdict, Taken) {
             let plan = plan(allowed == Allowed::Nothing);
             let cut = Cut { plan: &plan, recorded: &self.recorded, at, allowed, one_log };
-            let (verdict, taken, _) = cut.judge(&self.after, true);
-            (verdict, taken)
+            cut.judge(&self.after, true)
         }
 
         fn has(&self, at: u64, allowed: Allowed, expected: &[(Kind, u64)]) -> Taken {

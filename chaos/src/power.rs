@@ -387,9 +387,9 @@ impl<'a> Checker<'a> {
                 }
             }
         }
-        let (verdict, taken, judged) = cut.judge(&after, drained);
+        let (verdict, taken) = cut.judge(&after, drained);
         let delivered = after.iter().filter(|event| matches!(event, Event::Deliver(_))).count() as u64;
-        let artefacts = if verdict.is_clean() { None } else { Some(self.keep(at, &cut, &judged)?) };
+        let artefacts = if verdict.is_clean() { None } else { Some(self.keep(at, &cut, &after)?) };
         Ok(Checked { verdict, taken, fate, delivered, recovery, artefacts })
     }
 
@@ -399,7 +399,7 @@ impl<'a> Checker<'a> {
     }
 
     /// The image as the cut left it, the judged history, what the brokers said, and the whole recording.
-    fn keep(&mut self, at: u64, cut: &Cut<'_>, judged: &[Event]) -> Fallible<PathBuf> {
+    fn keep(&mut self, at: u64, cut: &Cut<'_>, after: &[Event]) -> Fallible<PathBuf> {
         let name = format!("power-{}-{:03}", self.options.seed, self.batch);
         let batch = self.options.folder.join(name);
         let folder = batch.join(format!("cut-{at}"));
@@ -409,7 +409,7 @@ impl<'a> Checker<'a> {
         }
         self.make_image(at)?;
         sparse_copy(&self.file, &folder.join("image"))?;
-        history::write(&folder.join("history.txt"), cut.plan, judged)?;
+        history::write(&folder.join("history.txt"), cut.plan, &cut.judged(after))?;
         for entry in fs::read_dir(&self.setup.folder)? {
             let path = entry?.path();
             if let Some(name) = path.file_name() {

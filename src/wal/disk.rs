@@ -19,6 +19,7 @@ use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use super::recovery::{ReadError, Segments};
 use super::store::{Store, StoreError, io_at};
 use crate::limits::BLOCK;
+use crate::planted::planted;
 use crate::types::Slot;
 
 /// For `custom_flags`.
@@ -291,7 +292,8 @@ pub fn checkpoint_paths(ckpt_dir: &Path) -> [PathBuf; 2] {
 /// Writes a checkpoint in place and syncs it. Space is taken before the first byte, so that a full disk leaves the older
 /// checkpoint of this file whole.
 pub fn write_checkpoint(ckpt_dir: &Path, number: u64, bytes: &[u8]) -> Result<(), WriteError> {
-    let path = &checkpoint_paths(ckpt_dir)[(number % 2) as usize];
+    let place = if planted!(CheckpointInPlace) { 0 } else { (number % 2) as usize };
+    let path = &checkpoint_paths(ckpt_dir)[place];
     let is_new = !path.exists();
     let open = || OpenOptions::new().write(true).create(true).truncate(false).open(path);
     let file = open().map_err(|error| match is_no_space(&error) {
@@ -309,6 +311,9 @@ pub fn write_checkpoint(ckpt_dir: &Path, number: u64, bytes: &[u8]) -> Result<()
         true => WriteError::NoSpace(error),
         false => WriteError::Failed(error),
     })?;
+    if planted!(CheckpointNotSynced) {
+        return Ok(());
+    }
     file.sync_all().map_err(WriteError::Failed)?;
     if is_new {
         File::open(ckpt_dir).and_then(|dir| dir.sync_all()).map_err(WriteError::Failed)?;
