@@ -69,12 +69,12 @@ bugs! {
     SkipSync = "skip-sync",
     /// A sync right after a rotation leaves out the segment before.
     SyncForgetsOldSegment = "sync-forgets-old-segment",
-    /// A failed sync counts as done.
-    SyncErrorIgnored = "sync-error-ignored",
     /// A failed sync is tried again.
     SyncRetried = "sync-retried",
-    /// A failed or short write counts as done.
-    WriteErrorIgnored = "write-error-ignored",
+    /// A failed write or sync of the log counts as done.
+    IgnoreIoError = "ignore-io-error",
+    /// The first write to a segment, its header, counts as synced.
+    HeaderNotSynced = "header-not-synced",
     /// A backlog read that fails is tried again and again.
     ReadErrorIgnored = "read-error-ignored",
     /// The watermark of a batch claims all that was taken to be written.

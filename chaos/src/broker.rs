@@ -105,6 +105,22 @@ impl Broker {
         }
     }
 
+    /// How it ended, if it has: the exit code, `None` inside for a signal.
+    pub fn ended(&mut self) -> Option<Option<i32>> {
+        self.child.try_wait().ok().flatten().map(|status| status.code())
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// All it has written so far, its log included.
+    pub fn said(&self) -> String {
+        let read = |path: &Path| std::fs::read(path).unwrap_or_default();
+        let text = [read(&self.stderr.with_extension("out")), read(&self.stderr)].concat();
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
     /// SIGKILL, and waits until the process is reaped.
     pub fn kill(mut self) -> io::Result<ExitStatus> {
         self.child.kill()?;

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge, report};
+use chaos::commands::{crash, judge, power, report};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -16,6 +16,8 @@ struct Cli {
 enum Command {
     /// Kill -9 a real broker under load, restart it, drain it, judge the history.
     Crash(crash::Args),
+    /// Cut the power at random moments of a recorded run: build each disk it could leave, start, drain, judge.
+    Power(power::Args),
     /// Judge a history that was kept.
     Judge(judge::Args),
     /// Show what was recorded with --record, or write it into RESULTS.md.
@@ -25,6 +27,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Crash(args) => crash::run(&args),
+        Command::Power(args) => power::run(&args),
         Command::Judge(args) => judge::run(&args),
         Command::Report(args) => report::run(&args),
     };

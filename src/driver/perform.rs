@@ -155,10 +155,12 @@ impl Core {
                 #[cfg(feature = "planted-bugs")]
                 slow_down().await;
                 let began = core.now_mono();
-                if let Err(error) = core.writer.write(&write).await {
+                if let Err(error) = core.writer.write(&write).await
+                    && !planted!(IgnoreIoError)
+                {
                     fail_stop(&error);
                 }
-                let synced = core.writer.is_dsync();
+                let synced = core.writer.is_dsync() || planted!(HeaderNotSynced) && write.new_segment;
                 if synced {
                     core.counts.sync_time.borrow_mut().record((core.now_mono() - began).0);
                 }
@@ -175,7 +177,9 @@ impl Core {
             let core = self.clone();
             glommio::spawn_local(async move {
                 let began = core.now_mono();
-                if let Err(error) = core.writer.sync().await {
+                if let Err(error) = core.writer.sync().await
+                    && !planted!(IgnoreIoError)
+                {
                     fail_stop(&error);
                 }
                 core.counts.sync_time.borrow_mut().record((core.now_mono() - began).0);

@@ -97,7 +97,6 @@ impl Writer {
         let path = || disk::slot_path(&self.wal_dir, write.slot).display().to_string();
         match file.write_at(buffer, u64::from(write.offset)).await {
             Ok(written) if written == len => {}
-            Ok(_) | Err(_) if planted!(WriteErrorIgnored) => {}
             Ok(written) => return Err(WriteFailed::Short { path: path(), offset: write.offset, len, written }),
             Err(error) => {
                 let reason = error.to_string();
@@ -127,7 +126,6 @@ impl Writer {
         for slot in &dirty {
             let file = self.open(*slot).await?;
             if let Err(error) = file.fdatasync().await
-                && !planted!(SyncErrorIgnored)
                 && (!planted!(SyncRetried) || file.fdatasync().await.is_err())
             {
                 let path = disk::slot_path(&self.wal_dir, *slot).display().to_string();

@@ -3,6 +3,7 @@
 pub mod crash;
 pub mod judge;
 pub mod report;
+pub mod power;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
