@@ -19,6 +19,9 @@ pub mod cut;
 pub mod history;
 /// A message's payload, from which a delivery tells what was published.
 pub mod message;
+/// Mistakes planted one by one, and who catches them.
+#[cfg(feature = "planted-bugs")]
+pub mod mutants;
 /// What any history must satisfy; judges every harness.
 pub mod oracle;
 /// `chaos power`: the power goes, and what was confirmed is counted.

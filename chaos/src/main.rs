@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge, power, report};
+use chaos::commands::{crash, judge, mutants, power, report};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -18,6 +18,8 @@ enum Command {
     Crash(crash::Args),
     /// Cut the power at random moments of a recorded run: build each disk it could leave, start, drain, judge.
     Power(power::Args),
+    /// Plant mistakes in the broker, one by one, and see that each is caught.
+    Mutants(mutants::Args),
     /// Judge a history that was kept.
     Judge(judge::Args),
     /// Show what was recorded with --record, or write it into RESULTS.md.
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Crash(args) => crash::run(&args),
         Command::Power(args) => power::run(&args),
+        Command::Mutants(args) => mutants::run(&args),
         Command::Judge(args) => judge::run(&args),
         Command::Report(args) => report::run(&args),
     };

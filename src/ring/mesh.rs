@@ -251,6 +251,22 @@ mod tests {
         port.poll_ready(&mut Context::from_waker(waker)).is_ready()
     }
 
+    #[test]
+    fn what_does_not_fit_stays_where_it_was() {
+        let [mut a, mut b, _] = three();
+        for item in [1, 2] {
+            let mut slot = item;
+            assert!(a.offer(B, &mut slot));
+            assert_eq!(slot, 0, "it has gone");
+        }
+        let mut slot = 3;
+        assert!(!a.offer(B, &mut slot));
+        assert_eq!(slot, 3, "kept until there is room");
+        assert_eq!(b.pop(A), Some(1));
+        assert!(a.offer(B, &mut slot));
+        assert_eq!((b.pop(A), b.pop(A), b.pop(A)), (Some(2), Some(3), None));
+    }
+
     fn three() -> [Port<u32>; 3] {
         mesh(3, 2).try_into().unwrap_or_else(|_| panic!("one port per core"))
     }

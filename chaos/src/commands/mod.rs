@@ -2,6 +2,7 @@
 
 pub mod crash;
 pub mod judge;
+pub mod mutants;
 pub mod report;
 pub mod power;
 
