@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge, mutants, power, report};
+use chaos::commands::{crash, judge, mutants, power, report, sim};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -24,6 +24,8 @@ enum Command {
     Judge(judge::Args),
     /// Show what was recorded with --record, or write it into RESULTS.md.
     Report(report::Args),
+    /// Live in virtual time, with every fault there is, from one seed after the other.
+    Sim(sim::Args),
 }
 
 fn main() -> ExitCode {
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
         Command::Mutants(args) => mutants::run(&args),
         Command::Judge(args) => judge::run(&args),
         Command::Report(args) => report::run(&args),
+        Command::Sim(args) => sim::run(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

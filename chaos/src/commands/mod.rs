@@ -5,6 +5,7 @@ pub mod judge;
 pub mod mutants;
 pub mod report;
 pub mod power;
+pub mod sim;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

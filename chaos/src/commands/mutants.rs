@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+#[cfg(not(feature = "planted-bugs"))]
 use crate::Fallible;
 
 #[derive(clap::Args)]
