@@ -464,12 +464,15 @@ impl Oracle {
         let crashed = std::mem::replace(sent_in, self.run) < self.run;
         publisher.repeated.set(seq);
         // What was refused, or lost as allowed, comes behind those that were stored meanwhile.
-        if publisher.may_be_lost.contains_key(&seq) || (publisher.rejected.get(seq) && seq < publisher.invoked) {
+        // So does a QoS0 message that nobody remembers.
+        let behind = publisher.rejected.get(seq) || publisher.traits(seq).at_most_once;
+        if publisher.may_be_lost.contains_key(&seq) || (behind && seq < publisher.invoked) {
             publisher.unordered.set(seq);
         }
         publisher.rejected.clear(seq);
         // Identities of QoS0 messages are kept in memory only.
-        if crashed && (!self.plan.strict || publisher.traits(seq).at_most_once) {
+        let excused = publisher.traits(seq).at_most_once || publisher.may_be_lost.contains_key(&seq);
+        if crashed && (!self.plan.strict || excused) {
             for sub in self.subs.iter_mut() {
                 let track = &mut sub.tracks[usize::from(number)];
                 if track.delivered.get(seq) {
@@ -571,13 +574,16 @@ impl Oracle {
         // The dialect that tells no attempts: what was never seen counts as the first.
         let first_attempt = delivery.attempt == 1 || (delivery.attempt == 0 && !seen_before);
         // Where consumers compete, what another one left behind comes back between newer ones, flagged.
-        let ordered_here = class.filter(|_| first_attempt && !(planned.shared && delivery.redelivered));
+        // So does, after a crash, what had been given up and the log did not say so yet.
+        // And what had expired by a clock that a restart has put back: only what is in the store keeps it.
+        let loose = planned.shared || self.subs[sub].gives_up() || traits.ttl_ms > 0;
+        let ordered_here = class.filter(|_| first_attempt && !(loose && delivery.redelivered));
         let mut below_here = false;
         if let Some(class) = ordered_here {
             let highest_here = conn.highest.entry((delivery.sub, number, class)).or_default();
             below_here = seq < *highest_here;
             let before = std::mem::replace(highest_here, seq.max(*highest_here));
-            if before > 0 && !planned.shared && delivery.attempt == 1 {
+            if before > 0 && !planned.shared && !self.subs[sub].gives_up() && delivery.attempt == 1 {
                 self.note_skipped(delivery, index, class, before, seq);
             }
         }
@@ -621,7 +627,7 @@ impl Oracle {
             if let Some(class) = class {
                 track.highest[usize::from(class)] = seq.max(highest);
             }
-            if first_attempt && !planned.shared && seq < highest {
+            if first_attempt && !planned.shared && !(loose && delivery.redelivered) && seq < highest {
                 return Err((Kind::OutOfOrder, format!("{name} for the first time, after {highest}")));
             }
         }

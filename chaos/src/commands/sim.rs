@@ -60,7 +60,7 @@ pub struct Args {
 /// Lives are compared with themselves: every so many are lived twice.
 const TWICE_EVERY: u64 = 16;
 /// Lines of a story that are printed; the file has all.
-const LINES_SHOWN: usize = 150;
+const LINES_SHOWN: usize = 60;
 const FAILURES_SHOWN: usize = 10;
 
 /// True: nothing was violated.

@@ -104,6 +104,10 @@ impl Subscription {
         self.joined.as_ref().is_some_and(|joined| !joined.kind.acks)
     }
 
+    pub(super) fn gives_up(&self) -> bool {
+        self.joined.as_ref().is_some_and(|joined| joined.gives_up)
+    }
+
     /// Whether the message already goes by another tag.
     pub(super) fn other_tag(&mut self, publisher: u16, seq: u64, tag: u64, stays: bool) -> bool {
         let Some(joined) = self.joined.as_mut().filter(|joined| joined.kind.named) else { return false };
@@ -773,5 +777,16 @@ mod tests {
         let mut w = World::new(true);
         w.excuse(Excuse::GivesUp { sub: 0 }).store(1..=1);
         w.has(&[]);
+        // It may turn up behind others after a crash, but not before.
+        for (crash, found) in [(true, &[][..]), (false, &[Kind::OutOfOrder][..])] {
+            let mut w = World::new(true);
+            w.excuse(Excuse::GivesUp { sub: 0 }).store(1..=2).deliver(2).ack(2);
+            if crash {
+                w.boot().attach(Some(true)).again(1, 1);
+            } else {
+                w.deliver(1);
+            }
+            w.has(found);
+        }
     }
 }

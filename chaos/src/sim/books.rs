@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use blipmq::shard::routing::vshard_of;
 use blipmq::time::Instant;
-use blipmq::types::Lsn;
+use blipmq::types::{ConnId, Lsn};
 
 use crate::message::MessageId;
 use crate::oracle::{SubKind, Traits};
@@ -71,8 +71,8 @@ struct Durable {
 struct Consumer {
     link: u32,
     asked: u64,
-    /// Its connection has ended, and some core may not have heard of it yet.
-    leaving: Option<Instant>,
+    /// Its connection has ended, and the broker may not have heard of it yet.
+    leaving: Option<ConnId>,
 }
 
 /// Confirmed, and not known to be synced.
@@ -108,6 +108,8 @@ pub struct Books {
     /// Their topics.
     subs: Vec<u16>,
     named: BTreeMap<Name, Durable>,
+    /// Some consumer is.
+    leaving: bool,
     /// The count that everybody's name of a topic has reached.
     pool: BTreeMap<u16, u32>,
     traits: HashMap<MessageKey, Traits>,
@@ -161,6 +163,11 @@ impl Books {
     /// It was stored at that time, or before.
     pub fn stored_by(&mut self, publisher: u16, seq: u64, ms: u64) {
         self.stored_by.entry((publisher, seq)).or_insert(ms);
+    }
+
+    /// It may be stored anew.
+    pub fn sent_again(&mut self, publisher: u16, seq: u64) {
+        self.stored_by.remove(&(publisher, seq));
     }
 
     pub fn was_stored_by(&self, publisher: u16, seq: u64) -> Option<u64> {
@@ -284,19 +291,33 @@ impl Books {
         self.named.remove(&name).map(|durable| durable.number)
     }
 
-    /// The broker has noticed that a connection is gone; its cores will.
-    pub fn link_closed(&mut self, link: u32, now: Instant) {
+    /// A connection is gone; the broker will notice.
+    pub fn link_closed(&mut self, link: u32, conn: ConnId) {
         for consumer in self.named.values_mut().flat_map(|durable| &mut durable.consumers) {
             if consumer.link == link {
-                consumer.leaving.get_or_insert(now);
+                consumer.leaving.get_or_insert(conn);
+                self.leaving = true;
             }
         }
     }
 
-    /// All who left before `before` are known to be gone.
-    pub fn settled(&mut self, before: Instant) {
+    /// A connection that the broker does not know any more has ended.
+    pub fn link_forgotten(&mut self, link: u32) {
         for durable in self.named.values_mut() {
-            durable.consumers.retain(|consumer| consumer.leaving.is_none_or(|at| at >= before));
+            durable.consumers.retain(|consumer| consumer.link != link || consumer.leaving.is_some());
+        }
+    }
+
+    pub fn is_anybody_leaving(&self) -> bool {
+        self.leaving
+    }
+
+    /// All cores have heard of every connection that is gone.
+    pub fn settled(&mut self, is_gone: impl Fn(ConnId) -> bool) {
+        self.leaving = false;
+        for durable in self.named.values_mut() {
+            durable.consumers.retain(|consumer| consumer.leaving.is_none_or(|conn| !is_gone(conn)));
+            self.leaving |= durable.consumers.iter().any(|consumer| consumer.leaving.is_some());
         }
     }
 

@@ -107,6 +107,8 @@ pub enum Asked {
     },
     Alias,
     Malformed,
+    /// Answered only if the subscription is gone.
+    Small,
     /// Answered by a delivery or not at all.
     Poll,
 }
@@ -265,7 +267,9 @@ impl World {
         self.say(|| format!("client {n} > {}", tell(cid, &what, &kind)));
         // A POLL is answered by a delivery or not at all.
         if !matches!(kind, RequestKind::Poll { .. }) {
-            self.clients[n].session.awaited.insert(cid);
+            if !matches!(what, Asked::Small) {
+                self.clients[n].session.awaited.insert(cid);
+            }
             self.asked.insert((link, cid), what);
         }
         self.send(n, cid, kind);
@@ -330,7 +334,13 @@ impl World {
             }
         }
         if v1 {
-            for topic in self.books.lineages(n) {
+            let lineages = self.books.lineages(n);
+            let in_the_way = |mine: &Mine| !mine.subject.kind.acks && lineages.contains(&mine.subject.topic);
+            if self.clients[n].session.subs.values().any(in_the_way) {
+                // One subscription of a topic on a connection is all that a v1 client can tell apart.
+                return self.leave(n, false);
+            }
+            for topic in lineages {
                 if !self.clients[n].session.topics.contains(&topic) {
                     self.subscribe_lineage(n, topic, Qos::AtLeastOnce);
                 }
@@ -437,7 +447,9 @@ impl World {
         let settings = &self.script.machine.settings;
         let default = if v1 { settings.v1_ttl } else { settings.ttl };
         let ttl_ms = letter.ttl_ms.unwrap_or(default.as_millis());
-        let class = (letter.delay_ms == 0).then_some(letter.priority);
+        // The priority of a QoS0 message means nothing.
+        let class = if letter.qos == Qos::AtMostOnce { 0 } else { letter.priority };
+        let class = (letter.delay_ms == 0).then_some(class);
         let traits = Traits {
             at_most_once: letter.qos == Qos::AtMostOnce,
             class,
@@ -480,6 +492,7 @@ impl World {
             self.books.traits(number, seq, traits);
             self.observe(Event::Special { publisher: number, seq, traits });
         }
+        self.books.sent_again(number, seq);
         self.observe(Event::Invoke { publisher: number, seq });
         let cid = self.clients[n].cid();
         let v1_qos1 = self.clients[n].v1() && letter.qos == Qos::AtLeastOnce;
@@ -711,18 +724,15 @@ impl World {
         if action == RejectAction::DeadLetter {
             self.books.doom(number, id);
         }
-        let cid = self.clients[n].cid();
-        self.say(|| format!("client {n} > REJECT {tag:?} of {sub:?} {id:?} {action:?}"));
-        self.send(n, cid, RequestKind::Reject { sub, tags: TagRanges::one(tag), action });
+        self.say(|| format!("client {n} rejects {id:?}"));
+        self.ask(n, Asked::Small, RequestKind::Reject { sub, tags: TagRanges::one(tag), action });
     }
 
     fn credit(&mut self, n: usize) {
         let Some(sub) = self.some_sub(n, |mine| mine.subject.kind.acks) else { return };
         let client = &mut self.clients[n];
         let credit = client.rng.between(0, 20) as u32;
-        let cid = client.cid();
-        self.say(|| format!("client {n} > CREDIT {credit} for {sub:?}"));
-        self.send(n, cid, RequestKind::Credit { sub, credit });
+        self.ask(n, Asked::Small, RequestKind::Credit { sub, credit });
     }
 
     fn unsubscribe(&mut self, n: usize, mode: UnsubscribeMode) {

@@ -62,47 +62,7 @@ pub struct FaultCounts {
     pub metadata: u64,
 }
 
-impl Faults {
-    /// Some of the kinds of faults that are allowed, each at a rate of its own.
-    pub fn draw(rng: &mut Rng, allow: &dyn Fn(&str) -> bool) -> Faults {
-        let mut rate = |name: &str, percent, rates: &[u32]| {
-            let (on, rate) = (rng.percent(percent), *rng.pick(rates));
-            if on && allow(name) { rate } else { 0 }
-        };
-        Faults {
-            write_eio: rate("write-eio", 25, &[3, 10, 30]),
-            sync_eio: rate("sync-eio", 25, &[3, 10, 30]),
-            read_eio: rate("read-eio", 25, &[10, 50, 200]),
-            short_write: rate("short-write", 20, &[3, 10]),
-            no_space: rate("no-space", 30, &[100, 500, 2_000]),
-            lost_write: rate("lost-write", 20, &[5, 30]),
-            misdirect: rate("misdirect", 20, &[5, 30]),
-            rot: rate("rot", 30, &[1_000, 5_000, 20_000]),
-            slow: rate("slow", 40, &[10, 50, 200]),
-            late: rate("late", 50, &[2_000, 8_000]),
-        }
-    }
-}
-
 impl FaultCounts {
-    pub fn named(&self) -> Vec<(&'static str, u64)> {
-        vec![
-            ("write-eio", self.write_eio),
-            ("sync-eio", self.sync_eio),
-            ("read-eio", self.read_eio),
-            ("short-write", self.short_write),
-            ("no-space", self.no_space),
-            ("lost-write", self.lost_write),
-            ("misdirect", self.misdirect),
-            ("rot", self.rot),
-            ("slow", self.slow),
-            ("late", self.late),
-            ("dropped", self.dropped),
-            ("torn", self.torn),
-            ("metadata", self.metadata),
-        ]
-    }
-
     pub fn total(&self) -> u64 {
         let FaultCounts { write_eio, sync_eio, read_eio, short_write, no_space, lost_write, misdirect, .. } = self;
         let FaultCounts { rot, slow, late, dropped, torn, metadata, .. } = self;

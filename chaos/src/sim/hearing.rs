@@ -108,8 +108,8 @@ impl World {
             return;
         }
         self.observe(Event::Acked { sub: subject.number, publisher: id.publisher, seq: id.seq });
-        let core = self.books.core_of(subject.topic, self.machine.cores());
-        let mark = self.machine.log_written(core);
+        let core = self.books.core_of(subject.topic, self.script.cores);
+        let mark = self.log_mark(core);
         self.books.acks.push(AckNote { core, mark, sub: subject.number, id });
         self.life.acked += 1;
     }
@@ -177,14 +177,21 @@ impl World {
             self.violated("I1", format!("#{seq} of p{publisher} is confirmed as {level:?} under `always`"));
         }
         if held < Held::Synced {
-            let core = self.books.core_of(topic, self.machine.cores());
-            let remote = core != self.links[&link].core;
-            self.check_window(core, id, remote);
+            let core = self.books.core_of(topic, self.script.cores);
+            // A PONG waits for all cores: what it vouches for may have been safe enough long before.
+            let slack = match level {
+                None => None,
+                Some(_) if core != self.links[&link].core => Some(RING_DELAY_MAX),
+                Some(_) => Some(Duration::ZERO),
+            };
+            self.check_window(core, id, slack);
         }
     }
 
     /// The bound of the policy: what is confirmed and not synced.
-    fn check_window(&mut self, core: u16, id: MessageId, remote: bool) {
+    ///
+    /// - `slack`: how long ago this may have been decided; `None`: not known.
+    fn check_window(&mut self, core: u16, id: MessageId, slack: Option<Duration>) {
         let (machine, window) = (&self.machine, &mut self.books.window);
         window.retain(|one| machine.held(one.id) < Held::Synced);
         if window.iter().all(|one| one.id != id) {
@@ -200,7 +207,7 @@ impl World {
                 }
             }
             FsyncPolicy::IntervalMs(ms) => {
-                let slack = if remote { RING_DELAY_MAX } else { Duration::ZERO };
+                let Some(slack) = slack else { return };
                 let oldest = mine.iter().map(|one| one.since).min().unwrap_or(self.now);
                 let age = self.now - oldest;
                 if age.0 > Duration::from_millis(ms).0 + slack.0 {
@@ -231,8 +238,8 @@ impl World {
         match subject.name {
             Some(name) if self.books.named(name).is_some_and(|now| now.number == subject.number) => {
                 self.books.exists(name);
-                let core = self.books.core_of(subject.topic, self.machine.cores());
-                let mark = self.machine.log_written(core);
+                let core = self.books.core_of(subject.topic, self.script.cores);
+                let mark = self.log_mark(core);
                 self.books.made.push(SubNote { core, mark, sub: subject.number });
             }
             // It was deleted meanwhile, by a request that may come first.
@@ -284,6 +291,7 @@ impl World {
             // The acknowledged were finished before, or belong to others now.
             Some(Asked::Ack { .. }) if code == 404 => {}
             Some(Asked::Unsubscribe { .. }) if matches!(code, 404 | 507) => {}
+            Some(Asked::Small) if code == 404 => {}
             Some(Asked::Malformed) if code == 400 => {}
             other => self.misbehaved(format!("error {code} {text} answers {other:?}")),
         }
@@ -329,7 +337,7 @@ impl World {
         if subject.number == DEAD_LETTERS {
             return self.on_dead_letter(&subject, sub, tag, deliver, message);
         }
-        let core = self.books.core_of(subject.topic, self.machine.cores());
+        let core = self.books.core_of(subject.topic, self.script.cores);
         let slack = if core == self.links[&link].core { 0 } else { RING_DELAY_MAX.as_millis() + 1 };
         let ms = self.broker_ms();
         let traits = message.and_then(|id| self.books.traits_of(id.publisher, id.seq));

@@ -13,7 +13,6 @@ use blipmq::time::{Duration, Instant};
 
 use crate::oracle::Event;
 use crate::sim::disk::FaultCounts;
-use crate::sim::machine::HostMistake;
 use crate::sim::plan::What;
 pub use crate::sim::sum::Sum;
 use crate::sim::world::World;
@@ -50,10 +49,10 @@ pub struct Options {
     pub without: Without,
     /// The chaos ends by then.
     pub until: Option<Duration>,
+    /// A mistake in what is simulated of the broker, to see that it is noticed.
+    pub mistake: Option<machine::HostMistake>,
     /// Keep the history, and a story to read.
     pub record: bool,
-    /// Planted in what is simulated of the broker.
-    pub mistake: Option<HostMistake>,
 }
 
 /// Parts of a seed's plan that do not happen.
@@ -74,7 +73,7 @@ impl Options {
 
 /// Every kind of fault and calamity there is.
 pub fn fault_names() -> Vec<&'static str> {
-    let disk = FaultCounts::default().named();
+    let disk = plan::named(&FaultCounts::default());
     What::ALL.iter().map(|what| what.name()).chain(disk.into_iter().map(|(name, _)| name)).collect()
 }
 

@@ -16,7 +16,7 @@ use bytes::Bytes;
 
 use crate::rng::Rng;
 use crate::sim::Options;
-use crate::sim::machine::{self, Faults};
+use crate::sim::machine::{self, FaultCounts, Faults};
 use crate::sim::net::{Manner, Slices};
 
 pub const SUFFIX: &str = ".dlq";
@@ -252,9 +252,9 @@ fn calamities(rng: &mut Rng, span: Duration, options: &Options) -> Vec<Calamity>
     let mut enabled: Vec<(What, u64)> = Vec::new();
     for what in What::ALL {
         let weight = match what {
-            What::Kill | What::Power => 12,
-            What::Stop => 5,
-            What::Clock => 6,
+            What::Kill | What::Power => 6,
+            What::Stop => 4,
+            What::Clock => 4,
             _ => 10,
         };
         // Every life has crashes of some kind.
@@ -263,7 +263,7 @@ fn calamities(rng: &mut Rng, span: Duration, options: &Options) -> Vec<Calamity>
         }
     }
     let sum: u64 = enabled.iter().map(|(_, weight)| weight).sum();
-    let count = rng.between(8, 30);
+    let count = rng.between(20, 60);
     let mut all: Vec<Calamity> = (0..count)
         .filter_map(|_| {
             let (at, dice) = (Duration(rng.between(0, span.0)), rng.draw());
@@ -299,8 +299,8 @@ fn machine_plan(rng: &mut Rng, seed: u64, options: &Options) -> machine::Plan {
         drain: Duration::from_millis(*rng.pick(&[50, 500])),
         keys: (0..=CLIENTS_MAX).map(|n| format!("key-{n}").into_bytes()).collect(),
         settings: settings(rng),
+        faults: faults(&mut Rng::derive(seed, &[6]), options),
         mistake: options.mistake,
-        faults: Faults::draw(&mut Rng::derive(seed, &[6]), &|name| options.allows(name)),
     }
 }
 
@@ -342,4 +342,43 @@ fn settings(rng: &mut Rng) -> Settings {
             *rng.pick(&[BacklogOverflow::Reject, BacklogOverflow::Reject, BacklogOverflow::DropOldest]);
     }
     settings
+}
+
+/// How often what goes wrong with the disk, in ten thousandths; most lives have only some of it.
+fn faults(rng: &mut Rng, options: &Options) -> Faults {
+    let mut rate = |name: &str, rates: [u32; 3]| {
+        let rate = *rng.pick(&rates);
+        if rng.percent(40) && options.allows(name) { rate } else { 0 }
+    };
+    Faults {
+        write_eio: rate("write-eio", [10, 40, 100]),
+        sync_eio: rate("sync-eio", [10, 40, 150]),
+        read_eio: rate("read-eio", [50, 200, 800]),
+        short_write: rate("short-write", [10, 40, 100]),
+        no_space: rate("no-space", [100, 500, 2_000]),
+        lost_write: rate("lost-write", [10, 50, 200]),
+        misdirect: rate("misdirect", [10, 50, 200]),
+        rot: rate("rot", [5_000, 10_000, 10_000]),
+        slow: rate("slow", [10, 30, 100]),
+        late: rate("late", [2_000, 5_000, 10_000]),
+    }
+}
+
+/// What the disk did, by kind.
+pub fn named(counts: &FaultCounts) -> [(&'static str, u64); 13] {
+    [
+        ("write-eio", counts.write_eio),
+        ("sync-eio", counts.sync_eio),
+        ("read-eio", counts.read_eio),
+        ("short-write", counts.short_write),
+        ("no-space", counts.no_space),
+        ("lost-write", counts.lost_write),
+        ("misdirect", counts.misdirect),
+        ("rot", counts.rot),
+        ("slow", counts.slow),
+        ("late", counts.late),
+        ("dropped", counts.dropped),
+        ("torn", counts.torn),
+        ("metadata", counts.metadata),
+    ]
 }

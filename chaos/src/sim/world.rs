@@ -10,7 +10,7 @@ use blipmq::protocol::request::Version;
 use blipmq::shard::effects::CloseReason;
 use blipmq::shard::settings::BacklogOverflow;
 use blipmq::time::{Duration, Instant, Now, WallMs};
-use blipmq::types::{ClientSub, ConnId};
+use blipmq::types::{ClientSub, ConnId, Lsn};
 use blipmq::wal::commit::FsyncPolicy;
 
 use crate::message::MessageId;
@@ -127,7 +127,7 @@ const HEAL_MAX: Duration = Duration::from_secs(400);
 const QUIET: Duration = Duration::from_secs(70);
 const LOOK: Duration = Duration::from_millis(250);
 /// What one core says to another has been heard by then.
-pub const RING_DELAY_MAX: Duration = Duration::from_millis(100);
+pub const RING_DELAY_MAX: Duration = Duration::from_millis(300);
 /// The books are looked at after so many events.
 const CHECK_EVERY: u32 = 32;
 
@@ -223,8 +223,7 @@ impl World {
         }
         self.life.virtual_ns = self.now.0;
         self.life.cores = self.script.cores;
-        let counts: Vec<(&'static str, u64)> = self.machine.faults().named();
-        for (name, count) in counts {
+        for (name, count) in crate::sim::plan::named(self.machine.faults()) {
             *self.life.faults.entry(name).or_default() += count;
         }
     }
@@ -320,7 +319,10 @@ impl World {
             }
         }
         if self.machine.is_up() {
-            self.books.settled(self.now_minus(RING_DELAY_MAX));
+            if self.books.is_anybody_leaving() && self.machine.is_heard() {
+                let machine = &self.machine;
+                self.books.settled(|conn| !machine.is_open(conn));
+            }
             self.since_check += 1;
             if self.since_check >= CHECK_EVERY {
                 self.since_check = 0;
@@ -515,22 +517,21 @@ impl World {
         if reason == CloseReason::Silent {
             self.life.count("closed-as-silent");
         }
+        let end = self.links[&number].down_end(self.now) + Duration::from_millis(1);
         self.lost_conn(number);
-        let link = &self.links[&number];
-        if !link.left && !link.dead {
-            let at = link.down_end(self.now) + Duration::from_millis(1);
-            self.push(at, Item::ClientNotices { link: number });
+        if self.links.get(&number).is_some_and(|link| !link.left && !link.dead) {
+            self.push(end, Item::ClientNotices { link: number });
         }
     }
 
     /// The broker's end is gone.
     fn lost_conn(&mut self, number: u32) {
         let Some(link) = self.links.get_mut(&number) else { return };
+        let over = link.left;
         if let Some(conn) = link.conn.take() {
             self.by_conn.remove(&conn);
+            self.books.link_closed(number, conn);
         }
-        let over = link.left;
-        self.books.link_closed(number, self.now);
         self.unanswered(number);
         if over {
             self.forget_link(number);
@@ -573,9 +574,12 @@ impl World {
         }
     }
 
+    /// Neither end knows it any more: what was asked too late never reached the broker.
     fn forget_link(&mut self, number: u32) {
         self.links.remove(&number);
         self.unvouched.remove(&number);
+        self.books.link_forgotten(number);
+        self.unanswered(number);
     }
 
     // ---- calamities ---------------------------------------------------------------------------------------------
@@ -660,7 +664,7 @@ impl World {
     fn crash(&mut self, what: What, dice: u64) {
         let how = if what == What::Power { Crash::PowerLoss } else { Crash::Killed };
         let up = self.machine.is_up();
-        if !up && how == Crash::Killed {
+        if !up && (how == Crash::Killed || dice % 3 > 0) {
             return;
         }
         self.say(|| format!("{how:?}{}", if up { "" } else { ", while the process is down" }));
@@ -687,6 +691,10 @@ impl World {
         self.say(|| format!("the process has died: {death:?}"));
         self.life.count("death");
         self.life.crashes += 1;
+        // What a failed sync was to cover is gone, as if the power were.
+        if matches!(&death, Death::Io(what) if what.contains("sync")) {
+            self.excuse_power_loss();
+        }
         if let Death::Corrupt(text) = &death {
             if !self.machine.is_damaged() {
                 self.violated("I9", format!("died of corruption on a sound disk: {text}"));
@@ -811,8 +819,9 @@ impl World {
                         }
                         self.repair();
                     }
-                    Refused::Unreadable(_) => {}
-                    Refused::NoSpace(_) => {}
+                    // A sync that fails takes with it what it was to cover.
+                    Refused::Unreadable(text) if text.contains("sync") => self.excuse_power_loss(),
+                    Refused::Unreadable(_) | Refused::NoSpace(_) => {}
                 }
                 let wait = self.rng.between(1, 300);
                 self.push(self.now + Duration::from_millis(wait), Item::Start { attempt });
@@ -1007,7 +1016,12 @@ impl World {
     }
 
     pub fn core_of_publisher(&self, publisher: u16) -> u16 {
-        self.books.core_of(self.topics_of[usize::from(publisher)], self.machine.cores())
+        self.books.core_of(self.topics_of[usize::from(publisher)], self.script.cores)
+    }
+
+    /// How far the log of a core is written; all that is in it now is safe when as much is synced.
+    pub fn log_mark(&self, core: u16) -> Lsn {
+        if core < self.machine.cores() { self.machine.log_written(core) } else { Lsn(u64::MAX) }
     }
 
     fn wall(&self) -> u64 {
