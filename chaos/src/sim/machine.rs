@@ -94,14 +94,10 @@ pub enum HostMistake {
     CheckpointUnsynced,
     /// Every checkpoint goes over the one before.
     CheckpointInPlace,
-    /// Clients are served before the opening notes are durable.
-    ServeBeforeOpening,
-    /// A slot's next use has the salt of the last one.
-    ReuseSalt,
 }
 
 impl HostMistake {
-    pub const ALL: [HostMistake; 11] = [
+    pub const ALL: [HostMistake; 9] = [
         HostMistake::SkipSlotLock,
         HostMistake::SkipRecoverySync,
         HostMistake::WrittenWhenSubmitted,
@@ -111,8 +107,6 @@ impl HostMistake {
         HostMistake::IgnoreErrors,
         HostMistake::CheckpointUnsynced,
         HostMistake::CheckpointInPlace,
-        HostMistake::ServeBeforeOpening,
-        HostMistake::ReuseSalt,
     ];
 }
 
