@@ -10,7 +10,6 @@ pub mod config;
 pub mod access;
 pub mod metrics;
 /// Test-only mistakes.
-#[cfg(feature = "server")]
 pub mod planted;
 /// 1. Bytes in.
 #[cfg(feature = "server")]

@@ -444,6 +444,9 @@ core_metrics! {
     wal_batches: u64, "wal_batches_total", Counter, "Writes to the log.";
     wal_padding_bytes: u64, "wal_padding_bytes_total", Counter, "Bytes written only to fill the last block of a batch.";
     wal_syncs: u64, "wal_syncs_total", Counter, "Syncs of the log.";
+    segments_begun: u64, "segments_begun_total", Counter, "Segments this core began to write: one at its start, one at each rotation.";
+    segments_recycled: u64, "segments_recycled_total", Counter,
+        "Segments given out again after they were freed, in the whole store.";
     segments_free: u64, "segments_free", Gauge, "Segments ready to be written, in the whole store.";
     segments_live: u64, "segments_live", Gauge, "Segments in use, in the whole store.";
     no_space: u64, "no_space", Gauge, "1 while publishes are refused because the disk or its quota is full.";

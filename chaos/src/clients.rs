@@ -386,7 +386,8 @@ impl Consumer {
                     run.misbehaved(format!("consumer {}: delivery for subscription {sub}", self.number));
                 }
                 let message = MessageId::decode(&payload);
-                let delivery = Delivery { sub: self.sub, conn: session.conn, tag, attempt, redelivered, message };
+                let delivery =
+                    Delivery { sub: self.sub, conn: session.conn, tag, attempt, redelivered, message, timing: None };
                 session.events.push(Event::Deliver(delivery));
                 let Some(message) = message else { return };
                 session.held.insert(tag, (message, Instant::now() + rng.millis(0, habits.lag_ms)));

@@ -344,6 +344,7 @@ mod tests {
                 attempt: 1,
                 redelivered,
                 message,
+                timing: None,
             })
         }
 

@@ -11,6 +11,12 @@
 //! T sub publisher seq    consumer's ack sent         M run text             misbehaved
 //! D sub conn tag attempt 0|1 [publisher topic seq]       delivery, redelivered, nothing if the payload is nonsense
 //! @ writes micros        what follows was recorded when the disk had been given so many writes, at this time
+//!   … @ p0 p1 d0 d1                                      published and decided between these (only behind a D)
+//!
+//! J topic                publisher joins              N topic 0|1 0|1 0|1      subscription asked for: acks, named, earliest
+//! Z publisher seq        found among the dead letters H sub conn 0|1|-         attached, resumed
+//! L publisher seq log at place in the log             E what …                 excused
+//! X publisher seq 0|1 class|- ttl delay sent          special message: at most once, …
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
@@ -20,7 +26,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::cut::{Stamp, Stamped};
 use crate::message::MessageId;
-use crate::oracle::{Delivery, Event, Oracle, Plan, PlannedSubscription, Verdict};
+use crate::oracle::{Delivery, Event, Excuse, Oracle, Plan, PlannedSubscription, SubKind, Timing, Traits, Verdict};
 
 /// Appends to the history file and shows each event to the oracle. Shared by all clients.
 pub struct Recorder(Mutex<Inner>);
@@ -122,7 +128,7 @@ pub fn judge(path: &Path, drained: bool) -> io::Result<Verdict> {
     Ok(oracle.unwrap_or_else(|| Oracle::new(plan)).finish(drained))
 }
 
-/// Keeps a history that was made up of others, so that it can be judged again.
+/// Keeps a history that nobody recorded as it went, so that it can be judged again.
 pub fn write(path: &Path, plan: &Plan, events: &[Event]) -> io::Result<()> {
     let mut file = BufWriter::new(File::create(path)?);
     write_plan(&mut file, plan)?;
@@ -162,13 +168,37 @@ fn write_event(out: &mut impl Write, event: &Event) -> io::Result<()> {
         Event::Acked { sub, publisher, seq } => writeln!(out, "K {sub} {publisher} {seq}"),
         Event::Stuck { run } => writeln!(out, "S {run}"),
         Event::Misbehaved { run, text } => writeln!(out, "M {run} {}", text.replace('\n', " | ")),
-        Event::Deliver(Delivery { sub, conn, tag, attempt, redelivered, message }) => {
+        Event::Deliver(Delivery { sub, conn, tag, attempt, redelivered, message, timing }) => {
             write!(out, "D {sub} {conn} {tag} {attempt} {}", u8::from(*redelivered))?;
-            match message {
-                Some(MessageId { publisher, topic, seq }) => writeln!(out, " {publisher} {topic} {seq}"),
-                None => writeln!(out),
+            if let Some(MessageId { publisher, topic, seq }) = message {
+                write!(out, " {publisher} {topic} {seq}")?;
             }
+            if let Some(Timing { published: (p0, p1), decided: (d0, d1) }) = timing {
+                write!(out, " @ {p0} {p1} {d0} {d1}")?;
+            }
+            writeln!(out)
         }
+        Event::Joins { topic } => writeln!(out, "J {topic}"),
+        Event::Asks { topic, kind: SubKind { acks, named, earliest } } => {
+            writeln!(out, "N {topic} {} {} {}", u8::from(*acks), u8::from(*named), u8::from(*earliest))
+        }
+        Event::Attached { sub, conn, resumed } => {
+            writeln!(out, "H {sub} {conn} {}", resumed.map_or("-", |resumed| if resumed { "1" } else { "0" }))
+        }
+        Event::Buried { publisher, seq } => writeln!(out, "Z {publisher} {seq}"),
+        Event::Position { publisher, seq, log, at } => writeln!(out, "L {publisher} {seq} {log} {at}"),
+        Event::Special { publisher, seq, traits: Traits { at_most_once, class, ttl_ms, delay_ms, sent_ms } } => {
+            let class = class.map_or("-".to_string(), |class| class.to_string());
+            writeln!(out, "X {publisher} {seq} {} {class} {ttl_ms} {delay_ms} {sent_ms}", u8::from(*at_most_once))
+        }
+        Event::Excused(excuse) => match excuse {
+            Excuse::Shared { sub } => writeln!(out, "E shared {sub}"),
+            Excuse::Ends { sub } => writeln!(out, "E ends {sub}"),
+            Excuse::Unsure { sub } => writeln!(out, "E unsure {sub}"),
+            Excuse::GivesUp { sub } => writeln!(out, "E gives-up {sub}"),
+            Excuse::MayBeLost { publisher, seq } => writeln!(out, "E lost {publisher} {seq}"),
+            Excuse::AckMayBeLost { sub, publisher, seq } => writeln!(out, "E ack-lost {sub} {publisher} {seq}"),
+        },
     }
 }
 
@@ -187,16 +217,58 @@ fn read_event(line: &str) -> Option<Event> {
         "M" => Event::Misbehaved { run: number(w)?, text: w.collect::<Vec<_>>().join(" ") },
         "D" => {
             let (sub, conn, tag, attempt) = (number(w)?, number(w)?, number(w)?, number(w)?);
-            let redelivered = number::<u8>(w)? != 0;
-            let message = match number(w) {
-                Some(publisher) => Some(MessageId { publisher, topic: number(w)?, seq: number(w)? }),
+            let redelivered = flag(w)?;
+            let mut next = w.next();
+            let mut message = None;
+            if let Some(publisher) = next.filter(|word| *word != "@") {
+                message = Some(MessageId { publisher: publisher.parse().ok()?, topic: number(w)?, seq: number(w)? });
+                next = w.next();
+            }
+            let timing = match next {
                 None => None,
+                Some("@") => Some(Timing { published: (number(w)?, number(w)?), decided: (number(w)?, number(w)?) }),
+                Some(_) => return None,
             };
-            Event::Deliver(Delivery { sub, conn, tag, attempt, redelivered, message })
+            Event::Deliver(Delivery { sub, conn, tag, attempt, redelivered, message, timing })
         }
+        "J" => Event::Joins { topic: number(w)? },
+        "N" => {
+            let topic = number(w)?;
+            Event::Asks { topic, kind: SubKind { acks: flag(w)?, named: flag(w)?, earliest: flag(w)? } }
+        }
+        "H" => Event::Attached { sub: number(w)?, conn: number(w)?, resumed: optional(w)?.map(|flag| flag != 0) },
+        "Z" => Event::Buried { publisher: number(w)?, seq: number(w)? },
+        "L" => Event::Position { publisher: number(w)?, seq: number(w)?, log: number(w)?, at: number(w)? },
+        "X" => {
+            let (publisher, seq, at_most_once) = (number(w)?, number(w)?, flag(w)?);
+            let class = optional(w)?;
+            let (ttl_ms, delay_ms, sent_ms) = (number(w)?, number(w)?, number(w)?);
+            Event::Special { publisher, seq, traits: Traits { at_most_once, class, ttl_ms, delay_ms, sent_ms } }
+        }
+        "E" => Event::Excused(match w.next()? {
+            "shared" => Excuse::Shared { sub: number(w)? },
+            "ends" => Excuse::Ends { sub: number(w)? },
+            "unsure" => Excuse::Unsure { sub: number(w)? },
+            "gives-up" => Excuse::GivesUp { sub: number(w)? },
+            "lost" => Excuse::MayBeLost { publisher: number(w)?, seq: number(w)? },
+            "ack-lost" => Excuse::AckMayBeLost { sub: number(w)?, publisher: number(w)?, seq: number(w)? },
+            _ => return None,
+        }),
         _ => return None,
     };
     words.next().is_none().then_some(event)
+}
+
+fn flag(words: &mut SplitAsciiWhitespace<'_>) -> Option<bool> {
+    number::<u8>(words).map(|flag| flag != 0)
+}
+
+/// A small number or `-`; the outer `None`: neither.
+fn optional(words: &mut SplitAsciiWhitespace<'_>) -> Option<Option<u8>> {
+    match words.next()? {
+        "-" => Some(None),
+        word => word.parse().ok().map(Some),
+    }
 }
 
 fn number<T: FromStr>(words: &mut SplitAsciiWhitespace<'_>) -> Option<T> {
@@ -213,7 +285,7 @@ mod tests {
         let shared = PlannedSubscription { topic: 4, shared: true };
         let plan = Plan { publishers: vec![4], subscriptions: vec![shared], strict: true };
         let message = Some(MessageId { publisher: 0, topic: 4, seq: 1 });
-        let first = Delivery { sub: 0, conn: 3, tag: 9, attempt: 1, redelivered: false, message };
+        let first = Delivery { sub: 0, conn: 3, tag: 9, attempt: 1, redelivered: false, message, timing: None };
         let events = [
             Event::Boot { run: 1 },
             Event::Invoke { publisher: 0, seq: 1 },
@@ -232,7 +304,26 @@ mod tests {
             Event::Stuck { run: 1 },
             Event::Misbehaved { run: 1, text: "exit status: 70".into() },
         ];
-        for event in &events {
+        let timing = Some(Timing { published: (1, 2), decided: (3, 4) });
+        let joined = [
+            Event::Joins { topic: 3 },
+            Event::Asks { topic: 3, kind: SubKind { acks: true, named: false, earliest: true } },
+            Event::Attached { sub: 1, conn: 2, resumed: None },
+            Event::Attached { sub: 1, conn: 2, resumed: Some(true) },
+            Event::Special { publisher: 1, seq: 1, traits: Traits::ORDINARY },
+            Event::Special { publisher: 1, seq: 1, traits: Traits { class: None, ..Traits::ORDINARY } },
+            Event::Position { publisher: 1, seq: 1, log: 2, at: 4096 },
+            Event::Buried { publisher: 1, seq: 1 },
+            Event::Excused(Excuse::Shared { sub: 1 }),
+            Event::Excused(Excuse::Ends { sub: 1 }),
+            Event::Excused(Excuse::Unsure { sub: 1 }),
+            Event::Excused(Excuse::GivesUp { sub: 1 }),
+            Event::Excused(Excuse::MayBeLost { publisher: 1, seq: 1 }),
+            Event::Excused(Excuse::AckMayBeLost { sub: 1, publisher: 1, seq: 1 }),
+            Event::Deliver(Delivery { timing, ..first }),
+            Event::Deliver(Delivery { timing, message: None, ..first }),
+        ];
+        for event in events.iter().chain(&joined) {
             let mut line = Vec::new();
             write_event(&mut line, event)?;
             assert_eq!(read_event(&String::from_utf8_lossy(&line)).as_ref(), Some(event));

@@ -23,6 +23,9 @@ pub mod history;
 pub mod message;
 /// `chaos net`: a bad network, and clients that misbehave on purpose.
 pub mod net;
+/// Mistakes planted one by one, and who catches them.
+#[cfg(feature = "planted-bugs")]
+pub mod mutants;
 /// What any history must satisfy; judges every harness.
 pub mod oracle;
 /// `chaos power`: the power goes, and what was confirmed is counted.

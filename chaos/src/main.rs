@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, disk, judge, net, power, record, report};
+use chaos::commands::{crash, disk, judge, mutants, net, power, record, report, sim};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -22,12 +22,16 @@ enum Command {
     Power(power::Args),
     /// Let the disk fail under a running broker: write, sync and read errors, no space, slowness.
     Disk(disk::Args),
+    /// Plant mistakes in the broker, one by one, and see that each is caught.
+    Mutants(mutants::Args),
     /// Judge a history that was kept.
     Judge(judge::Args),
     /// Append a figure that a script measured to the rows of RESULTS.md.
     Record(record::Args),
     /// Show what was recorded with --record, or write it into RESULTS.md.
     Report(report::Args),
+    /// Live in virtual time, with every fault there is, from one seed after the other.
+    Sim(sim::Args),
 }
 
 fn main() -> ExitCode {
@@ -36,9 +40,11 @@ fn main() -> ExitCode {
         Command::Net(args) => net::run(&args),
         Command::Power(args) => power::run(&args),
         Command::Disk(args) => disk::run(&args),
+        Command::Mutants(args) => mutants::run(&args),
         Command::Judge(args) => judge::run(&args),
         Command::Record(args) => record::run(&args),
         Command::Report(args) => report::run(&args),
+        Command::Sim(args) => sim::run(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

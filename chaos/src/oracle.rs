@@ -13,12 +13,19 @@
 //! - Order is promised for first deliveries. `attempt` above 1 says that the broker knows of an earlier delivery (which
 //!   may have died unread in a socket), so only attempt 1 is checked: against all that was seen before if the
 //!   subscription has one consumer at a time, and within one connection if consumers compete.
+//!
+//! A plan may name everybody who ever comes (the harnesses around a real process), or publishers and subscriptions may join
+//! as life goes on (the simulator): these are judged by what `world` adds: qualities of messages, subscriptions that begin and
+//! end, and what a power cut was allowed to unwrite.
+
+mod world;
 
 use std::collections::HashMap;
 
 use serde::Serialize;
 
 use crate::message::MessageId;
+pub use crate::oracle::world::{Excuse, SubKind, Timing, Traits};
 
 /// Who publishes where, and who subscribes to what. Fixed for one history.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -79,6 +86,41 @@ pub enum Event {
         publisher: u16,
         seq: u64,
     },
+    /// A publisher that the plan does not name: it gets the next number.
+    Joins {
+        topic: u16,
+    },
+    /// The next message of `publisher` is no ordinary one; comes before its first `Invoke`.
+    Special {
+        publisher: u16,
+        seq: u64,
+        traits: Traits,
+    },
+    /// A subscription that the plan does not name is about to be asked for: it gets the next number.
+    Asks {
+        topic: u16,
+        kind: SubKind,
+    },
+    /// The broker says that the subscription exists, and whether it did before: whatever is first sent from now on is owed to it.
+    Attached {
+        sub: u16,
+        conn: u32,
+        resumed: Option<bool>,
+    },
+    /// Something that the oracle cannot know changes what is owed.
+    Excused(Excuse),
+    /// The place in the log that a confirm named: the log's number (one per core and run) and the position in it.
+    Position {
+        publisher: u16,
+        seq: u64,
+        log: u32,
+        at: u64,
+    },
+    /// One copy of the message was found in the dead-letter topic.
+    Buried {
+        publisher: u16,
+        seq: u64,
+    },
     /// Clients were connected and worked, and nothing at all was confirmed for a long time.
     Stuck {
         run: u32,
@@ -96,10 +138,13 @@ pub struct Delivery {
     /// Number of the consumer's connection; never used twice.
     pub conn: u32,
     pub tag: u64,
+    /// From 1; 0 in a dialect that tells neither this nor whether it is a redelivery.
     pub attempt: u16,
     pub redelivered: bool,
     /// `None`: the payload is not, byte for byte, one that a publisher sends.
     pub message: Option<MessageId>,
+    /// When it left the broker, if that is known.
+    pub timing: Option<Timing>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize)]
@@ -121,10 +166,12 @@ pub enum Kind {
     Stuck,
     /// Did not start, died by itself, spoke nonsense.
     Misbehaved,
+    /// Delivered before its delay had passed, or after its time to live.
+    Untimely,
 }
 
 impl Kind {
-    pub const ALL: [Kind; 8] = [
+    pub const ALL: [Kind; 9] = [
         Kind::Lost,
         Kind::Phantom,
         Kind::Duplicate,
@@ -133,6 +180,7 @@ impl Kind {
         Kind::LostConsumerAck,
         Kind::Stuck,
         Kind::Misbehaved,
+        Kind::Untimely,
     ];
 
     pub fn name(self) -> &'static str {
@@ -145,6 +193,7 @@ impl Kind {
             Kind::LostConsumerAck => "lost-consumer-ack",
             Kind::Stuck => "stuck",
             Kind::Misbehaved => "misbehaved",
+            Kind::Untimely => "untimely",
         }
     }
 }
@@ -214,6 +263,12 @@ pub struct Oracle {
     conns: HashMap<u32, Connection>,
     /// Confirmed messages that no consumer could acknowledge yet, summed over subscriptions.
     missing: u64,
+    /// Subscriptions that the plan names.
+    planned: usize,
+    /// Events so far: what came before what.
+    events: u64,
+    /// Where confirmed messages lie: log, position, publisher, sequence.
+    positions: Vec<(u32, u64, u16, u64)>,
     verdict: Verdict,
 }
 
@@ -226,6 +281,19 @@ struct Publisher {
     confirmed: Bits,
     unknown: Bits,
     rejected: Bits,
+    special: HashMap<u64, Traits>,
+    /// Sent again after later ones may have been stored: it takes its place behind them.
+    unordered: Bits,
+    /// Sent more than once.
+    repeated: Bits,
+    /// The run whose end was allowed to unwrite it.
+    may_be_lost: HashMap<u64, u32>,
+    /// Copies in the dead-letter topic.
+    buried: HashMap<u64, u32>,
+    /// The event that confirmed it, by sequence.
+    confirmed_at: HashMap<u64, u64>,
+    /// Seen, or confirmed as duplicate, in this run: it has survived all before.
+    last_seen: HashMap<u64, u32>,
 }
 
 struct Subscription {
@@ -233,6 +301,8 @@ struct Subscription {
     tracks: Vec<Track>,
     /// What was acknowledged in the current run, to tell a duplicate from a lost acknowledgement.
     acked_in_run: Vec<(u16, u64)>,
+    /// `None`: the plan names it.
+    joined: Option<world::Joined>,
 }
 
 /// What one subscription saw of one publisher.
@@ -244,25 +314,53 @@ struct Track {
     acked_in_run: Bits,
     /// Delivered, and then sent again by its publisher after a crash may have unwritten it.
     renewed: Bits,
-    /// Highest sequence ever delivered.
-    highest: u64,
+    /// Delivered in an earlier run.
+    earlier: Bits,
+    /// Delivered without the redelivered flag.
+    unflagged: Bits,
+    /// The acknowledgement was confirmed, and a power cut was allowed to unwrite it.
+    ack_may_be_lost: Bits,
+    /// A later one was delivered in its place while it was still to live.
+    skipped: Bits,
+    /// By class: highest sequence ever delivered.
+    highest: [u64; CLASSES],
+    /// The sequence from which on the subscription is owed everything; 0: it is not known to exist.
+    owed_from: u64,
 }
 
 #[derive(Default)]
 struct Connection {
-    /// The tag each message came under.
-    tags: HashMap<(u16, u64), u64>,
-    /// By publisher: the highest sequence among first attempts.
-    highest: HashMap<u16, u64>,
+    /// The tag each message of a subscription came under.
+    tags: HashMap<(u16, u16, u64), u64>,
+    /// By subscription, publisher and class: the highest sequence among first attempts.
+    highest: HashMap<(u16, u16, u8), u64>,
+    /// By subscription: the event by which it was attached.
+    attached: HashMap<u16, u64>,
 }
+
+/// Priorities: each is a line of its own.
+const CLASSES: usize = 10;
 
 impl Oracle {
     pub fn new(plan: Plan) -> Oracle {
         let publishers = plan.publishers.iter().map(|_| Publisher::default()).collect();
         let tracks = vec![Track::default(); plan.publishers.len()];
         let subs = plan.subscriptions.iter();
-        let subs = subs.map(|_| Subscription { tracks: tracks.clone(), acked_in_run: Vec::new() }).collect();
-        Oracle { plan, run: 0, publishers, subs, conns: HashMap::new(), missing: 0, verdict: Verdict::default() }
+        let subs =
+            subs.map(|_| Subscription { tracks: tracks.clone(), acked_in_run: Vec::new(), joined: None }).collect();
+        let planned = plan.subscriptions.len();
+        Oracle {
+            plan,
+            run: 0,
+            publishers,
+            subs,
+            conns: HashMap::new(),
+            missing: 0,
+            planned,
+            events: 0,
+            positions: Vec::new(),
+            verdict: Verdict::default(),
+        }
     }
 
     pub fn plan(&self) -> &Plan {
@@ -280,6 +378,7 @@ impl Oracle {
     }
 
     pub fn observe(&mut self, event: &Event) {
+        self.events += 1;
         match event {
             Event::Boot { run } => self.on_boot(*run),
             Event::Invoke { publisher, seq } => self.on_invoke(*publisher, *seq),
@@ -294,6 +393,13 @@ impl Oracle {
             Event::Deliver(delivery) => self.on_deliver(delivery),
             Event::AckSent { sub, publisher, seq } => self.on_ack_sent(*sub, *publisher, *seq),
             Event::Acked { sub, publisher, seq } => self.on_acked(*sub, *publisher, *seq),
+            Event::Joins { topic } => self.on_joins(*topic),
+            Event::Special { publisher, seq, traits } => self.on_special(*publisher, *seq, *traits),
+            Event::Asks { topic, kind } => self.on_asks(*topic, *kind),
+            Event::Attached { sub, conn, resumed } => self.on_attached(*sub, *conn, *resumed),
+            Event::Excused(excuse) => self.on_excused(*excuse),
+            Event::Position { publisher, seq, log, at } => self.positions.push((*log, *at, *publisher, *seq)),
+            Event::Buried { publisher, seq } => self.on_buried(*publisher, *seq),
             Event::Stuck { run } => self.verdict.found(Kind::Stuck, format!("run {run} made no progress")),
             Event::Misbehaved { run, text } => self.verdict.found(Kind::Misbehaved, format!("run {run}: {text}")),
         }
@@ -304,7 +410,8 @@ impl Oracle {
         if !drained {
             return self.verdict;
         }
-        for (sub, planned) in self.plan.subscriptions.iter().enumerate() {
+        self.finish_joined();
+        for (sub, planned) in self.plan.subscriptions.iter().enumerate().take(self.planned) {
             for (number, publisher) in self.publishers.iter().enumerate() {
                 if self.plan.publishers[number] != planned.topic {
                     continue;
@@ -330,6 +437,9 @@ impl Oracle {
         self.run = run;
         self.conns.clear();
         for sub in &mut self.subs {
+            for track in &mut sub.tracks {
+                track.earlier = track.delivered.clone();
+            }
             for (publisher, seq) in sub.acked_in_run.drain(..) {
                 sub.tracks[usize::from(publisher)].acked_in_run.clear(seq);
             }
@@ -352,7 +462,17 @@ impl Oracle {
         }
         let sent_in = &mut publisher.sent_in[seq as usize - 1];
         let crashed = std::mem::replace(sent_in, self.run) < self.run;
-        if crashed && !self.plan.strict {
+        publisher.repeated.set(seq);
+        // What was refused, or lost as allowed, comes behind those that were stored meanwhile.
+        // So does a QoS0 message that nobody remembers.
+        let behind = publisher.rejected.get(seq) || publisher.traits(seq).at_most_once;
+        if publisher.may_be_lost.contains_key(&seq) || (behind && seq < publisher.invoked) {
+            publisher.unordered.set(seq);
+        }
+        publisher.rejected.clear(seq);
+        // Identities of QoS0 messages are kept in memory only.
+        let excused = publisher.traits(seq).at_most_once || publisher.may_be_lost.contains_key(&seq);
+        if crashed && (!self.plan.strict || excused) {
             for sub in self.subs.iter_mut() {
                 let track = &mut sub.tracks[usize::from(number)];
                 if track.delivered.get(seq) {
@@ -367,14 +487,19 @@ impl Oracle {
             return;
         }
         self.verdict.confirmed_as_duplicate += u64::from(duplicate);
+        self.judge_answer(number, seq, duplicate);
         let publisher = &mut self.publishers[usize::from(number)];
+        if duplicate {
+            publisher.last_seen.insert(seq, self.run);
+        }
         if publisher.confirmed.get(seq) {
             return;
         }
         publisher.confirmed.set(seq);
+        publisher.confirmed_at.insert(seq, self.events);
         self.verdict.confirmed += 1;
         let topic = self.plan.publishers[usize::from(number)];
-        for (planned, sub) in self.plan.subscriptions.iter().zip(&self.subs) {
+        for (planned, sub) in self.plan.subscriptions.iter().zip(&self.subs).take(self.planned) {
             let waits = planned.topic == topic && !sub.tracks[usize::from(number)].ack_sent.get(seq);
             self.missing += u64::from(waits);
         }
@@ -388,7 +513,7 @@ impl Oracle {
         let publisher = &mut self.publishers[usize::from(number)];
         publisher.rejected.set(seq);
         // An earlier attempt of unknown outcome may have been stored all the same.
-        if publisher.unknown.get(seq) {
+        if publisher.unknown.get(seq) || publisher.repeated.get(seq) {
             return;
         }
         if let Some(sub) = self.subs.iter().position(|sub| sub.tracks[usize::from(number)].delivered.get(seq)) {
@@ -429,43 +554,80 @@ impl Oracle {
         if seq == 0 || seq > publisher.invoked {
             return Err((Kind::Phantom, format!("{name} was never published")));
         }
-        if publisher.rejected.get(seq) && !publisher.unknown.get(seq) && !publisher.confirmed.get(seq) {
+        let stored = publisher.unknown.get(seq) || publisher.confirmed.get(seq) || publisher.repeated.get(seq);
+        if publisher.rejected.get(seq) && !stored {
             return Err((Kind::Phantom, format!("{name} was rejected")));
         }
 
+        let traits = publisher.traits(seq);
+        let class = traits.class.filter(|_| !publisher.unordered.get(seq));
+        self.judge_timing(delivery, &traits, &name)?;
+        self.judge_belonging(sub, index, seq, &name)?;
+        self.publishers[index].last_seen.insert(seq, self.run);
+
         let conn = self.conns.entry(delivery.conn).or_default();
-        let tag_before = conn.tags.insert((number, seq), delivery.tag);
-        let highest_here = conn.highest.entry(number).or_default();
-        let first_attempt = delivery.attempt <= 1;
+        let here_before = conn.tags.insert((delivery.sub, number, seq), delivery.tag);
+        let mut other_tag = here_before.is_some_and(|before| before != delivery.tag);
+        let first_here = here_before.is_none();
+        let attached = conn.attached.get(&delivery.sub).copied();
+        let seen_before = self.subs[sub].tracks[index].delivered.get(seq);
+        // The dialect that tells no attempts: what was never seen counts as the first.
+        let first_attempt = delivery.attempt == 1 || (delivery.attempt == 0 && !seen_before);
         // Where consumers compete, what another one left behind comes back between newer ones, flagged.
-        let ordered_here = first_attempt && !(planned.shared && delivery.redelivered);
-        let below_here = ordered_here && seq < *highest_here;
-        if ordered_here {
-            *highest_here = seq.max(*highest_here);
+        // So does, after a crash, what had been given up and the log did not say so yet.
+        // And what had expired by a clock that a restart has put back: only what is in the store keeps it.
+        let loose = planned.shared || self.subs[sub].gives_up() || traits.ttl_ms > 0;
+        let ordered_here = class.filter(|_| first_attempt && !(loose && delivery.redelivered));
+        let mut below_here = false;
+        if let Some(class) = ordered_here {
+            let highest_here = conn.highest.entry((delivery.sub, number, class)).or_default();
+            below_here = seq < *highest_here;
+            let before = std::mem::replace(highest_here, seq.max(*highest_here));
+            if before > 0 && !planned.shared && !self.subs[sub].gives_up() && delivery.attempt == 1 {
+                self.note_skipped(delivery, index, class, before, seq);
+            }
         }
 
+        let renewed = self.subs[sub].tracks[index].renewed.get(seq);
+        let stays = !renewed && !traits.at_most_once;
+        other_tag |= self.subs[sub].other_tag(number, seq, delivery.tag, stays);
+        let shared_race = planned.shared && self.subs[sub].acked_after(number, seq, attached);
+        let at_most_once = traits.at_most_once || self.subs[sub].at_most_once();
         let track = &mut self.subs[sub].tracks[index];
-        if track.delivered.get(seq) {
+        if seen_before {
             self.verdict.redelivered += 1;
-            let renewed = track.renewed.get(seq);
             track.renewed.clear(seq);
-            if track.acked_in_run.get(seq) {
+            // One that was overtaken on another connection by its own redelivery is excused.
+            let unflagged =
+                !delivery.redelivered && (track.unflagged.get(seq) || track.earlier.get(seq) || !first_here);
+            if !delivery.redelivered {
+                track.unflagged.set(seq);
+            }
+            if at_most_once && !renewed {
+                return Err((Kind::Duplicate, format!("{name} again, though it is to be delivered at most once")));
+            }
+            if track.acked_in_run.get(seq) && !shared_race {
                 return Err((Kind::Duplicate, format!("{name} again after its confirmed acknowledgement")));
             }
-            if track.acked.get(seq) {
+            if track.acked.get(seq) && !track.acked_in_run.get(seq) && !track.ack_may_be_lost.get(seq) {
                 return Err((Kind::LostConsumerAck, format!("{name} again after a crash, though acknowledged before")));
             }
-            if !delivery.redelivered && !renewed {
+            if unflagged && delivery.attempt > 0 && !renewed {
                 return Err((Kind::DuplicateNotFlagged, format!("{name} again, without saying so")));
             }
-            if tag_before.is_some_and(|before| before != delivery.tag) {
+            if other_tag {
                 return Err((Kind::Duplicate, format!("{name} is stored twice: it also has another tag")));
             }
         } else {
-            let highest = track.highest;
+            let highest = class.map_or(0, |class| track.highest[usize::from(class)]);
             track.delivered.set(seq);
-            track.highest = seq.max(highest);
-            if first_attempt && !planned.shared && seq < highest {
+            if !delivery.redelivered {
+                track.unflagged.set(seq);
+            }
+            if let Some(class) = class {
+                track.highest[usize::from(class)] = seq.max(highest);
+            }
+            if first_attempt && !planned.shared && !(loose && delivery.redelivered) && seq < highest {
                 return Err((Kind::OutOfOrder, format!("{name} for the first time, after {highest}")));
             }
         }
@@ -476,7 +638,8 @@ impl Oracle {
     }
 
     fn on_ack_sent(&mut self, sub: u16, number: u16, seq: u64) {
-        let confirmed = self.publishers.get(usize::from(number)).is_some_and(|p| p.confirmed.get(seq));
+        let planned = usize::from(sub) < self.planned;
+        let confirmed = planned && self.publishers.get(usize::from(number)).is_some_and(|p| p.confirmed.get(seq));
         if let Some(track) = self.delivered_track(sub, number, seq)
             && !track.ack_sent.get(seq)
         {
@@ -491,7 +654,9 @@ impl Oracle {
         {
             track.acked.set(seq);
             track.acked_in_run.set(seq);
+            let events = self.events;
             self.subs[usize::from(sub)].acked_in_run.push((number, seq));
+            self.subs[usize::from(sub)].note_acked(number, seq, events);
             self.verdict.acked += 1;
         }
     }
@@ -620,6 +785,7 @@ mod tests {
                 tag: seq * 10 + u64::from(publisher),
                 attempt: 1,
                 redelivered: false,
+                timing: None,
                 message: Some(MessageId { publisher, topic, seq }),
             }
         }

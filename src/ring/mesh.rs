@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 
 use super::spsc::{Consumer, Producer, ring};
 use super::sync::{Arc, AtomicBool, AtomicWaker, Ordering, fence};
+use crate::planted::planted;
 use crate::types::CoreId;
 
 /// Where one core sleeps. Written by its own core when it parks, by a peer when it wakes it.
@@ -108,6 +109,18 @@ impl<T> Port<T> {
         link.refused = pushed.is_err();
         link.pushed |= pushed.is_ok();
         pushed
+    }
+
+    /// Pushes what is in `slot`; leaves it there if that ring is full, and says `false`.
+    pub fn offer(&mut self, to: CoreId, slot: &mut T) -> bool
+    where
+        T: Default,
+    {
+        let Err(item) = self.push(to, std::mem::take(slot)) else { return true };
+        if !planted!(DropOnFullRing) {
+            *slot = item;
+        }
+        false
     }
 
     /// After the last push and the last pop of a turn: wakes the cores that sleep and have something to do now.
@@ -240,6 +253,22 @@ mod tests {
 
     fn is_ready<T>(port: &mut Port<T>, waker: &Waker) -> bool {
         port.poll_ready(&mut Context::from_waker(waker)).is_ready()
+    }
+
+    #[test]
+    fn what_does_not_fit_stays_where_it_was() {
+        let [mut a, mut b, _] = three();
+        for item in [1, 2] {
+            let mut slot = item;
+            assert!(a.offer(B, &mut slot));
+            assert_eq!(slot, 0, "it has gone");
+        }
+        let mut slot = 3;
+        assert!(!a.offer(B, &mut slot));
+        assert_eq!(slot, 3, "kept until there is room");
+        assert_eq!(b.pop(A), Some(1));
+        assert!(a.offer(B, &mut slot));
+        assert_eq!((b.pop(A), b.pop(A), b.pop(A)), (Some(2), Some(3), None));
     }
 
     fn three() -> [Port<u32>; 3] {

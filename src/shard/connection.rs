@@ -16,6 +16,7 @@ use rustc_hash::FxHashMap;
 use crate::access::{Grant, KeyRing};
 use crate::limits;
 use crate::metrics::CoreMetrics;
+use crate::planted::planted;
 use crate::protocol::code;
 use crate::protocol::frame::FrameError;
 use crate::protocol::reply::{Outcome, Reply, Welcome};
@@ -315,6 +316,9 @@ impl Connections {
         let Some(connection) = self.all.get_mut(&id) else { return };
         if connection.paused {
             connection.paused = false;
+            if planted!(ResumeForgotten) {
+                return;
+            }
             desk.effects.resume_reading.push(id);
         }
     }
@@ -437,7 +441,9 @@ impl Connections {
         let connection = self.all.get_mut(&id)?;
         let version = connection.version.unwrap_or(Version::V1);
         match kind {
-            RequestKind::Ping if version == Version::V1 && !connection.unvouched.is_empty() => {
+            RequestKind::Ping
+                if version == Version::V1 && !connection.unvouched.is_empty() && !planted!(PongAtOnce) =>
+            {
                 // v1 confirms neither publishes nor acknowledgements; a PONG at least comes after they are safe.
                 let cores = std::mem::take(&mut connection.unvouched);
                 connection.barrier = Some((cid, cores.len()));
@@ -605,7 +611,8 @@ impl Connections {
     }
 
     fn core_of(&self, topic: &[u8]) -> CoreId {
-        vshard_of(topic, &self.settings.dead_letter_suffix, self.settings.vshards).core(self.settings.cores)
+        let vshards = if planted!(RoutingByCores) { self.settings.cores } else { self.settings.vshards };
+        vshard_of(topic, &self.settings.dead_letter_suffix, vshards).core(self.settings.cores)
     }
 
     /// Hands `ask` to the topic's core: this one, or by the ring. Room is only waited for by publishes; what else a client

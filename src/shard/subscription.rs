@@ -10,6 +10,7 @@ use bytes::Bytes;
 use rustc_hash::FxHashMap;
 
 use crate::limits;
+use crate::planted::planted;
 use crate::protocol::reply::Body;
 use crate::protocol::request::{TagRanges, Version};
 use crate::shard::index::Entry;
@@ -391,7 +392,7 @@ impl Subscription {
         let redelivered = self.front.remove(&seq);
         if priority > 0 {
             self.urgent.remove(&(Reverse(priority), seq));
-        } else if !redelivered && seq >= self.next {
+        } else if (!redelivered || planted!(CursorJumps)) && seq >= self.next {
             // One from the front may lie far ahead of the cursor after a restart: what is between is still to come.
             self.next = seq.next();
         }
@@ -423,7 +424,12 @@ impl Subscription {
         let touched = self.touched.remove(&seq)?;
         match touched.state {
             State::InFlight { .. } => self.give_back_credit(touched.last),
-            State::Ready => _ = self.front.remove(&seq),
+            State::Ready => {
+                self.front.remove(&seq);
+                if planted!(CreditTwice) {
+                    self.give_back_credit(touched.last);
+                }
+            }
             State::Delayed { until } => _ = self.delayed.remove(&(until, seq)),
             State::Dying => {}
         }

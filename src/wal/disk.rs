@@ -16,6 +16,7 @@ use bytes::Bytes;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 
+use super::checkpoint;
 use super::recovery::{ReadError, Segments};
 use super::store::{Store, StoreError, io_at};
 use crate::limits::BLOCK;
@@ -109,6 +110,9 @@ pub fn open_slot(wal_dir: &Path, slot: Slot, direct: bool) -> Result<File, Store
 /// reference to that descriptor is gone, and the kernel keeps references for writes in flight even after a kill. `false`:
 /// somebody, or the kernel for somebody dead, still has it.
 pub fn try_lock(fd: &impl AsFd) -> io::Result<bool> {
+    if planted!(IgnoreSegmentLock) {
+        return Ok(true);
+    }
     // A duplicate shares the lock; dropping it does not unlock.
     let file = File::from(fd.as_fd().try_clone_to_owned()?);
     match file.try_lock() {
@@ -316,8 +320,7 @@ pub fn read_checkpoint(path: &Path, direct: bool) -> io::Result<Option<Vec<u8>>>
 /// Writes a checkpoint in place and syncs it. Space is taken before the first byte, so that a full disk leaves the older
 /// checkpoint of this file whole.
 pub fn write_checkpoint(ckpt_dir: &Path, number: u64, bytes: &[u8]) -> Result<(), WriteError> {
-    let place = if planted!(CheckpointInPlace) { 0 } else { (number % 2) as usize };
-    let path = &checkpoint_paths(ckpt_dir)[place];
+    let path = &checkpoint_paths(ckpt_dir)[checkpoint::file_of(number)];
     let is_new = !path.exists();
     let open = || OpenOptions::new().write(true).create(true).truncate(false).open(path);
     let file = open().map_err(|error| match is_no_space(&error) {

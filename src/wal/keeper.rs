@@ -8,7 +8,7 @@
 //! cores are told so, in the operating system's words, and told again when there is room: a full disk stops publishes, never
 //! the broker. Any other failed write, and every failed sync, ends the process: nobody knows what is on the disk then.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,6 +25,7 @@ use super::record::SealedStream;
 use super::segments::{CoreReport, Live, Policy, Segments, UNLISTED_MIN};
 use super::start::RecoveredStore;
 use super::store::{self, Store, StoreError, io_at};
+use crate::planted::planted;
 use crate::time::WallMs;
 use crate::types::{CoreId, Lsn, Slot, StreamId, VShard};
 
@@ -104,6 +105,8 @@ pub struct KeeperConfig {
 pub struct KeeperGauges {
     pub slots: AtomicU64,
     pub slots_used: AtomicU64,
+    /// Grants of slots that this run had freed before.
+    pub slots_recycled: AtomicU64,
     pub checkpoints: AtomicU64,
     pub checkpoint_bytes: AtomicU64,
     /// From asking the cores to the end of the sync.
@@ -181,6 +184,8 @@ pub struct Keeper {
     pending: VecDeque<CoreId>,
     /// When slots were given, the newest last.
     given: VecDeque<Instant>,
+    /// Freed in this run, and neither given nor deleted since.
+    freed: BTreeSet<Slot>,
     no_space: bool,
     /// The last checkpoint found no space: nothing can be freed until one does.
     checkpoint_failed: bool,
@@ -251,6 +256,7 @@ impl Keeper {
             cores: senders,
             pending: VecDeque::new(),
             given: VecDeque::new(),
+            freed: BTreeSet::new(),
             no_space: false,
             checkpoint_failed: false,
             quota_alarm: false,
@@ -402,9 +408,13 @@ impl Keeper {
         if self.segments.free() == 0 && !self.make()? {
             return Ok(None);
         }
-        let salt = getrandom::u64().map_err(io::Error::other)?;
+        let salt = if planted!(SaltReused) { 1 } else { getrandom::u64().map_err(io::Error::other)? };
         let created = WallMs(store::now_ms());
-        Ok(self.segments.grant(core, salt).map(|slot| Grant { slot, salt, created }))
+        let slot = self.segments.grant(core, salt);
+        if slot.is_some_and(|slot| self.freed.remove(&slot)) {
+            self.gauges.slots_recycled.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(slot.map(|slot| Grant { slot, salt, created }))
     }
 
     /// False: the quota forbids another slot.
@@ -533,7 +543,8 @@ impl Keeper {
         }
     }
 
-    fn delete(&self, slot: Slot) {
+    fn delete(&mut self, slot: Slot) {
+        self.freed.remove(&slot);
         if let Err(error) = disk::delete_slot(&self.store.wal_dir(), slot) {
             fail_stop("deleting a segment", &error);
         }
@@ -713,6 +724,7 @@ impl Keeper {
             tracing::debug!(number, freed = freed.len(), "segments freed");
             self.retry_at = None;
         }
+        self.freed.extend(freed);
         self.tell_all(&ToCore::Checkpointed { number });
         true
     }
@@ -739,7 +751,6 @@ impl Keeper {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::fs;
     use std::path::PathBuf;
 
@@ -871,6 +882,7 @@ mod tests {
             seen.push(core.want());
         }
         assert_ne!(seen.last().unwrap().salt, grants[0].salt);
+        assert_eq!(handle.gauges.slots_recycled.load(Ordering::Relaxed), 1);
         assert!(seen.iter().all(|grant| grant.slot != grants[1].slot));
         assert!(core.stop());
         handle.thread.join().unwrap();

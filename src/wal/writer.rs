@@ -122,10 +122,17 @@ impl Writer {
 
     /// Syncs everything written before the call.
     pub async fn sync(&self) -> Result<(), WriteFailed> {
-        let dirty = std::mem::take(&mut *self.dirty.borrow_mut());
-        for slot in dirty.iter().filter(|_| !planted!(SkipSync)) {
+        let mut dirty = std::mem::take(&mut *self.dirty.borrow_mut());
+        if planted!(SkipSync) {
+            dirty.clear();
+        } else if planted!(SyncForgetsOldSegment) {
+            dirty.drain(..dirty.len().saturating_sub(1));
+        }
+        for slot in &dirty {
             let file = self.open(*slot).await?;
-            if let Err(error) = file.fdatasync().await {
+            if let Err(error) = file.fdatasync().await
+                && (!planted!(SyncRetried) || file.fdatasync().await.is_err())
+            {
                 let path = disk::slot_path(&self.wal_dir, *slot).display().to_string();
                 return Err(WriteFailed::Sync { path, reason: error.to_string() });
             }

@@ -3,10 +3,12 @@
 pub mod crash;
 pub mod disk;
 pub mod judge;
+pub mod mutants;
 pub mod net;
+pub mod power;
 pub mod record;
 pub mod report;
-pub mod power;
+pub mod sim;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

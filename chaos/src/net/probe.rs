@@ -256,7 +256,8 @@ impl Work {
                     }
                     seqs.extend(message.map(|m| m.seq));
                     tags.push(tag);
-                    let delivery = Delivery { sub: 0, conn: self.conn, tag, attempt, redelivered, message };
+                    let delivery =
+                        Delivery { sub: 0, conn: self.conn, tag, attempt, redelivered, message, timing: None };
                     self.events.push(Event::Deliver(delivery));
                 }
                 Said::Ok { cid } => {

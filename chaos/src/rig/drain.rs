@@ -170,7 +170,15 @@ impl Drain<'_> {
                 let message = MessageId::decode(&payload);
                 // To the oracle, each subscription has its own.
                 let conn = self.run * 1_000_000 + u32::from(number);
-                self.events.push(Event::Deliver(Delivery { sub: number, conn, tag, attempt, redelivered, message }));
+                self.events.push(Event::Deliver(Delivery {
+                    sub: number,
+                    conn,
+                    tag,
+                    attempt,
+                    redelivered,
+                    message,
+                    timing: None,
+                }));
                 if let Some(message) = message {
                     self.due.push((sub, tag, message));
                     if message.publisher >= PUBLISHERS {

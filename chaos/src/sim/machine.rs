@@ -543,6 +543,11 @@ impl Machine {
         })
     }
 
+    /// All that happened has been heard by whom it concerns, on every core.
+    pub fn is_heard(&self) -> bool {
+        self.cores.iter().all(|core| core.inbox.is_empty()) && self.rings_empty()
+    }
+
     /// The counters of all cores together.
     pub fn metrics(&mut self) -> CoreMetrics {
         let mut all = CoreMetrics::default();

@@ -50,6 +50,13 @@ impl Topics {
         let id = self.catalog.next_sub_id(topic_id.vshard);
         let mut end = self.commit.ack_upto();
         if let Some(logged) = kind.logged() {
+            // What it finds finished must be finished before it in the log too, or a replay would give it more.
+            for other in topic.subs.clone() {
+                self.log_acks(other, turn.now.wall);
+                if self.catalog.subs.get(&other).is_some_and(|s| !s.unlogged.is_empty()) {
+                    return Err(append_failed(AppendError::Full));
+                }
+            }
             let created = turn.now.wall;
             let record = Record::SubCreated { sub: id.index, topic: topic_id.index, kind: logged, start, created };
             (_, end) = self.append(topic_id.vshard, &record, Class::Control, turn.now.wall).map_err(append_failed)?;

@@ -201,6 +201,11 @@ impl Machine {
         }
     }
 
+    /// The broker has not noticed an end of it.
+    pub fn is_open(&self, conn: ConnId) -> bool {
+        self.conns.contains_key(&conn)
+    }
+
     /// Closed by the broker since last asked: there will be no bytes any more.
     pub fn closed(&mut self) -> Vec<(ConnId, CloseReason)> {
         std::mem::take(&mut self.closed)
