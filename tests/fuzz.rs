@@ -27,6 +27,14 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// One test, not one per target: the limit on memory counts what the whole process holds.
+/// Too much memory ends the process: what it was at stays in a file.
+fn replay(name: &str, run: fn(&[u8]), input: &[u8], from: &str) {
+    let last = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{name}-last"));
+    fs::write(&last, input).expect("a scratch file");
+    println!("{name}: {from}, kept as {}", last.display());
+    run(input);
+}
+
 #[test]
 fn what_was_found_stays_fixed() {
     let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
@@ -38,9 +46,7 @@ fn what_was_found_stays_fixed() {
         for file in files(&here.join("regressions").join(name)).into_iter().chain(seeds) {
             let input = fs::read(&file).expect("readable");
             bytes += input.len();
-            // Shown if it fails.
-            println!("{}", file.display());
-            run(&input);
+            replay(name, run, &input, &file.display().to_string());
         }
     }
     assert!(bytes < 200 * 1024, "{bytes} bytes of seeds: keep them few and small");
@@ -70,7 +76,7 @@ fn whatever_the_input_the_oracles_hold() {
         let any_input = proptest::collection::vec(any::<u8>(), 0..300);
         let config = Config { cases: 500, failure_persistence: None, ..Config::default() };
         let outcome = TestRunner::new(config).run(&prop_oneof![any_input, near_a_seed], |input| {
-            run(&input);
+            replay(name, run, &input, "made here");
             Ok(())
         });
         outcome.unwrap_or_else(|failure| panic!("{name}: {failure}"));

@@ -292,7 +292,9 @@ fn again(store: &Store, disk: &Image, checkpoint: Option<&Checkpoint>, first: &R
         return;
     }
     let mut disk = disk.clone();
-    let slot = disk.slots.keys().max().map_or(0, |slot| slot + 1);
+    // A new file: what cannot be read of one that is gone stays out of it.
+    let taken = disk.slots.keys().chain(disk.unreadable.iter().map(|(slot, _)| slot));
+    let slot = taken.max().map_or(0, |slot| slot + 1);
     let stream = StreamId { incarnation: recovered.incarnation_max + 1, core: 0 };
     let config =
         LogConfig { store: id, stream, segment_size, last_index: recovered.last_index.clone(), opening: Some(note) };

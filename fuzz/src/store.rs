@@ -246,6 +246,23 @@ impl Store {
             assert!(sent.is_some_and(|sent| sent.content == *content), "invented: {vshard:?} {index}");
         }
         assert_eq!(last, restart.recovered.last_index);
+        // What the checkpoint covers is read all the same: only the log knows where its messages lie.
+        let recovered = &restart.recovered;
+        let end =
+            |stream: StreamId| recovered.sealed.iter().find(|sealed| sealed.stream == stream).map(|sealed| sealed.end);
+        let whole = |known: &Known| {
+            let len = known.header.frame_bytes as usize;
+            self.disk.get(known.segment.slot, known.offset, len) == Some(&known.bytes[..len])
+        };
+        let frames = self.known.iter().filter(|known| {
+            // In whichever file.
+            recovered.live.iter().any(|live| Segment { slot: live.slot, ..known.segment } == *live)
+                && end(known.segment.stream).is_some_and(|end| known.header.end() <= end)
+                && whole(known)
+        });
+        let (count, records) =
+            frames.fold((0, 0), |(n, records), known| (n + 1, records + u64::from(known.header.records)));
+        assert_eq!((recovered.frames, recovered.records), (count, records), "frames of the log were left out");
     }
 
     pub fn was_written(&self, vshard: VShard, index: Option<u64>, content: &Content) -> bool {
