@@ -541,20 +541,34 @@ mod loom_tests {
         });
     }
 
-    #[test]
-    fn room_wakes_the_refused() {
-        bounded(|| {
+    /// `take`: how the receiver makes room.
+    fn room_wakes(take: fn(&mut Port<u32>) -> Option<u32>) {
+        bounded(move || {
             let (mut a, mut b) = two(1);
             a.push(B, 1).unwrap();
             assert_eq!(a.push(B, 2), Err(2));
             let receiver = thread::spawn(move || {
-                assert_eq!(b.pop(A), Some(1));
+                assert_eq!(take(&mut b), Some(1));
                 b.flush_wakes();
                 b
             });
             wait(&mut a);
             a.push(B, 2).unwrap();
             assert_eq!(receiver.join().unwrap().pop(A), Some(2));
+        });
+    }
+
+    #[test]
+    fn room_wakes_the_refused() {
+        room_wakes(|port| port.pop(A));
+    }
+
+    #[test]
+    fn room_after_a_drain_wakes_the_refused() {
+        room_wakes(|port| {
+            let mut got = None;
+            port.drain(|_, item| got = Some(item));
+            got
         });
     }
 
