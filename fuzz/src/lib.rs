@@ -15,8 +15,11 @@ pub mod reply_decode;
 pub mod segment_recovery;
 mod store;
 
+/// Takes one input; panics if something does not hold.
+pub type Target = fn(&[u8]);
+
 /// Every target, by name.
-pub const TARGETS: [(&str, fn(&[u8])); 8] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("frame_decode", frame_decode::run),
     ("reply_decode", reply_decode::run),
     ("segment_recovery", segment_recovery::run),

@@ -4,6 +4,7 @@
 //! behind the checks.
 
 use blipmq::limits::BLOCK;
+use blipmq::types::Seq;
 use blipmq::types::{Lsn, Slot, StreamId};
 use blipmq::wal::format::{Found, FrameHeader, HeaderBlock, Place, Segment, SegmentHeader, SubBatch, classify};
 use blipmq::wal::record::{Record, RecoveryNote, published_body, published_message};
@@ -37,7 +38,7 @@ fn sealed(bytes: &[u8]) -> Vec<u8> {
 
 fn record(bytes: &[u8]) {
     let shared = Bytes::copy_from_slice(bytes);
-    let _unchecked = published_message(&shared, false);
+    let _unchecked = published_message(&shared, 0, Seq(0), false);
     let Ok((record, used)) = Record::decode(bytes) else {
         // Nothing but padding may be missing.
         if let Ok(record) = Record::decode_alone(bytes) {
@@ -56,14 +57,17 @@ fn record(bytes: &[u8]) {
 
     let alone = shared.slice(..record.encoded_len());
     let body = published_body(&alone);
-    let message = published_message(&alone, true);
+    let message = |topic, seq| published_message(&alone, topic, seq, true);
     match &record {
         Record::Published(published) | Record::Relocated(published) => {
             let body = body.expect("it is a message");
             assert_eq!((body.options(), body.payload()), (published.options, published.payload));
-            assert_eq!(message, Ok((published.published, body)));
+            let (topic, seq) = (published.topic, published.seq);
+            assert_eq!(message(topic, seq), Ok((published.published, body)));
+            assert!(message(topic.wrapping_add(1), seq).is_err(), "another topic's");
+            assert!(message(topic, Seq(seq.0.wrapping_add(1))).is_err(), "another message");
         }
-        _ => assert!(body.is_err() && message.is_err()),
+        _ => assert!(body.is_err() && message(0, Seq(0)).is_err()),
     }
 }
 
