@@ -24,8 +24,9 @@ use crate::wal::commit::FsyncPolicy;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// All settings. Fields have the names of the keys; `config/blipmq.toml` explains each.
 #[derive(Clone, PartialEq, Debug)]
@@ -110,6 +111,10 @@ pub struct Net {
     pub tcp_user_timeout_ms: u64,
     /// Per core.
     pub unauthenticated_max: u64,
+    /// Per core and address.
+    pub unauthenticated_per_address_max: u64,
+    /// 0: a frame may take as long as it likes.
+    pub frame_timeout_ms: u64,
     pub drain_ms: u64,
 }
 
@@ -172,6 +177,8 @@ impl Default for Config {
                 keepalive_ms: 30_000,
                 tcp_user_timeout_ms: 30_000,
                 unauthenticated_max: limits::UNAUTHENTICATED_PER_CORE_MAX as u64,
+                unauthenticated_per_address_max: limits::UNAUTHENTICATED_PER_ADDRESS_MAX as u64,
+                frame_timeout_ms: 30_000,
                 drain_ms: 2_000,
             },
             shards: Shards { count: 0, cpus: Vec::new(), virtual_shards: 64, shard_ports: false },
@@ -234,6 +241,15 @@ struct Draft {
 ///
 /// The first trouble found ends it: the broker must not run half-configured. Exit code then: `ConfigError::EXIT_CODE`.
 pub fn load(flags: &Flags, env: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Loaded, ConfigError> {
+    load_reading(flags, env, file::read)
+}
+
+/// The same, with whatever `read` says is in the file.
+pub fn load_reading(
+    flags: &Flags,
+    env: impl IntoIterator<Item = (OsString, OsString)>,
+    read: impl Fn(&Path) -> io::Result<String>,
+) -> Result<Loaded, ConfigError> {
     let mut draft = Draft::default();
     let variables = env::Variables::new(env)?;
     let file = match &flags.config {
@@ -241,7 +257,7 @@ pub fn load(flags: &Flags, env: impl IntoIterator<Item = (OsString, OsString)>) 
         None => variables.config_path().map(|path| (path, "environment variable BLIPMQ_CONFIG")),
     };
     if let Some((path, named_by)) = &file {
-        file::apply(path, named_by, &mut draft)?;
+        file::apply(path, read(path), named_by, &mut draft)?;
     }
     variables.apply(&mut draft)?;
     flags.apply(&mut draft)?;

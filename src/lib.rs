@@ -10,7 +10,6 @@ pub mod config;
 pub mod access;
 pub mod metrics;
 /// Test-only mistakes.
-#[cfg(feature = "server")]
 pub mod planted;
 /// 1. Bytes in.
 #[cfg(feature = "server")]
@@ -27,7 +26,7 @@ pub mod wal;
 #[cfg(feature = "server")]
 pub mod deliver;
 /// Across cores.
-#[cfg(any(feature = "server", all(loom, test)))]
+#[cfg(any(feature = "server", test))]
 pub mod ring;
 /// Joins the stages on one core.
 #[cfg(feature = "server")]

@@ -6,10 +6,16 @@ pub const FRAME_LEN_MAX: u32 = 16 * 1024 * 1024;
 pub const FRAME_LEN_MIN: u32 = 9;
 /// Largest frame before AUTH succeeded.
 pub const FRAME_LEN_MAX_BEFORE_AUTH: u32 = 4 * 1024;
+/// File descriptors that no connection may take: the log opens its segments with them.
+pub const FILES_KEPT_BACK: u64 = 64;
 /// A connection must be logged in by then, by default.
 pub const AUTH_DEADLINE_MS: u64 = 5_000;
 /// Connections that have not logged in yet, over one core, by default.
 pub const UNAUTHENTICATED_PER_CORE_MAX: usize = 1_024;
+/// The same from one address, by default.
+pub const UNAUTHENTICATED_PER_ADDRESS_MAX: usize = 256;
+/// What a frame that has begun must at least bring within each `net.frame_timeout_ms`.
+pub const FRAME_PROGRESS_MIN: usize = 32 * 1024;
 /// Bytes of requests a connection may have read but not yet processed, by default; beyond it its socket is not read.
 pub const STALLED_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Failed AUTHs one address may make at once; refilled at one per second.
@@ -76,6 +82,9 @@ pub const RING_SLOTS: usize = 64;
 pub const CONSUMER_WINDOW_BYTES: usize = 256 * 1024;
 /// Deliveries under way to one consumer, likewise.
 pub const CONSUMER_WINDOW_MESSAGES: usize = 1_024;
+/// Bytes the kernel takes for a peer that does not take them. More would be memory that no budget knows of, and a backlog that
+/// is not on the disk.
+pub const SOCKET_UNSENT_MAX: u32 = 256 * 1024;
 /// An outbox below this counts as drained.
 pub const OUTBOX_LOW: usize = 256 * 1024;
 /// A connection whose outbox grows beyond this is closed as too slow.

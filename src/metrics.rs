@@ -88,6 +88,10 @@ labels! {
         Silent = "silent",
         /// Its outbox grew beyond the limit.
         TooSlow = "too_slow",
+        /// It began a frame and did not go on with it.
+        SlowFrame = "slow_frame",
+        /// Too many others had not logged in when it came; `connections_refused_total` has it, too.
+        Refused = "refused",
         /// The socket failed.
         Socket = "socket",
         /// The broker is stopping.
@@ -102,7 +106,7 @@ labels! {
     Refused as "reason" {
         /// As many connections as this core may have.
         Connections = "connections",
-        /// As many that have not logged in as this core may have.
+        /// As many that have not logged in as this core, or one address, may have.
         Unauthenticated = "unauthenticated",
         /// The process has no file descriptor left.
         Descriptors = "descriptors",
@@ -423,7 +427,7 @@ core_metrics! {
 
     connections: u64, "connections", Gauge, "Open connections.";
     connections_accepted: u64, "connections_accepted_total", Counter, "Connections accepted.";
-    connections_refused: By<Refused>, "connections_refused_total", Counter, "Connections closed as soon as they came.";
+    connections_refused: By<Refused>, "connections_refused_total", Counter, "Connections turned away as soon as they came.";
     connections_closed: By<Closed>, "connections_closed_total", Counter, "Connections that ended.";
     auth_failures: u64, "auth_failures_total", Counter, "Wrong API keys.";
     bytes_in: u64, "bytes_in_total", Counter, "Bytes read from clients.";
@@ -440,6 +444,9 @@ core_metrics! {
     wal_batches: u64, "wal_batches_total", Counter, "Writes to the log.";
     wal_padding_bytes: u64, "wal_padding_bytes_total", Counter, "Bytes written only to fill the last block of a batch.";
     wal_syncs: u64, "wal_syncs_total", Counter, "Syncs of the log.";
+    segments_begun: u64, "segments_begun_total", Counter, "Segments this core began to write: one at its start, one at each rotation.";
+    segments_recycled: u64, "segments_recycled_total", Counter,
+        "Segments given out again after they were freed, in the whole store.";
     segments_free: u64, "segments_free", Gauge, "Segments ready to be written, in the whole store.";
     segments_live: u64, "segments_live", Gauge, "Segments in use, in the whole store.";
     no_space: u64, "no_space", Gauge, "1 while publishes are refused because the disk or its quota is full.";

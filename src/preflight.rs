@@ -31,6 +31,7 @@ const MEMLOCK_PER_CORE: u64 = 3 << 20;
 const FILES_PER_CORE: u64 = 32;
 /// Open files beside cores and connections: segments being read, checkpoints, the HTTP side.
 const FILES_RESERVE: u64 = 256;
+const _: () = assert!(crate::limits::FILES_KEPT_BACK < FILES_RESERVE);
 /// A broker with room for fewer connections is refused.
 const CONNECTIONS_MIN: u64 = 64;
 /// Bits of `CapEff` in /proc/self/status.

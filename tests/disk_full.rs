@@ -221,6 +221,27 @@ fn a_stop_on_a_full_disk_is_orderly() {
     assert_eq!(consume(broker, "t", confirmed.len()), confirmed);
 }
 
+/// Every start needs a segment for each core's new stream: one that the starts before it must not have used up.
+#[test]
+fn killed_again_and_again_on_a_full_disk_it_still_starts() {
+    for (name, cores) in [("again-1", "1"), ("again-2", "2")] {
+        // No checkpoint frees anything in time.
+        let env = [("BLIPMQ_STORAGE_CHECKPOINT_INTERVAL_MS", "3600000"), ("BLIPMQ_SHARDS_COUNT", cores)];
+        let Some(mut bench) = start(name, &env) else { return };
+        bench.disk.fill(28 * MIB);
+        let broker = &mut bench.broker;
+        broker.v2().subscribe_v2("t", 1, 1, "worker");
+        let (mut expected, _) = publish_until_full(&mut broker.v2(), "t", 0);
+        for round in 1..=5 {
+            broker.kill();
+            broker.restart();
+            // There may be room for some; what is confirmed is kept.
+            expected.extend(publish_until_full(&mut broker.v2(), "t", round * 1_000_000).0);
+        }
+        assert_eq!(consume(broker, "t", expected.len()), expected);
+    }
+}
+
 /// The same by the broker's own limit, on any disk.
 #[test]
 fn a_quota_refuses_before_the_disk_is_full() {

@@ -12,6 +12,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("limits", &[]),
     ("time", &[]),
     ("metrics", &[]),
+    ("planted", &[]),
     ("access", &["wal"]),
     ("config", &["access", "wal"]),
     ("net", &["protocol"]),
@@ -26,7 +27,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("logging", &[]),
     ("client", &["protocol"]),
 ];
-const EVERYBODY_MAY_NAME: &[&str] = &["types", "limits", "time", "metrics"];
+const EVERYBODY_MAY_NAME: &[&str] = &["types", "limits", "time", "metrics", "planted"];
 
 /// Decide without a clock, a file, a socket or a runtime. A folder stands for all that is in it.
 const PURE: &[&str] = &[
@@ -35,6 +36,7 @@ const PURE: &[&str] = &[
     "time.rs",
     "metrics.rs",
     "access.rs",
+    "gateway/request.rs",
     "protocol",
     "shard",
     "deliver/outbox.rs",

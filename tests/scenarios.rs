@@ -91,6 +91,10 @@ fn set(plan: &mut Plan, line: &str) {
         "durable_idle_ttl" => s.durable_idle_ttl = span(value),
         "poll_park" => s.poll_park = span(value),
         "keepalive" => s.keepalive = span(value),
+        "auth_deadline" => s.auth_deadline = span(value),
+        "unauthenticated_max" => s.unauthenticated_max = value.parse().expect("connections"),
+        "unauthenticated_per_address_max" => s.unauthenticated_per_address_max = value.parse().expect("connections"),
+        "frame_timeout" => s.frame_timeout = span(value),
         "cache_bytes" => s.cache_bytes = value.parse().expect("bytes"),
         "dead_letter" => s.dead_letter = value == "on",
         "qos0_messages" => s.qos0_messages = value.parse().expect("messages"),
@@ -187,6 +191,10 @@ impl Stage {
             self.names.remove(&conn);
             return self.house.event(usize::from(conn.core().0), Event::Closed { conn });
         }
+        if verb == "drips" {
+            let held = topic.parse().expect("bytes");
+            return self.house.event(usize::from(conn.core().0), Event::Partial { conn, held });
+        }
         let sub = client.subs.get(&topic).copied().unwrap_or(ClientSub(u64::MAX));
         let kind = match verb {
             "publishes" => {
@@ -239,7 +247,10 @@ impl Stage {
 
     fn connect(&mut self, name: &str, rest: &[&str]) {
         let core = option(rest, "core=").map_or(0, |core| core.parse().expect("a core"));
-        let conn = self.house.open(core);
+        let conn = match option(rest, "from=") {
+            Some(peer) => self.house.open_from(core, peer.parse().expect("an address")),
+            None => self.house.open(core),
+        };
         let client = Client {
             conn,
             subs: HashMap::new(),

@@ -284,7 +284,7 @@ fn start_run(store: &Arc<Store>, cores: u16, expected: &[Wanted], quota: u64) ->
         }
     }
     let config = KeeperConfig { cores, spare: 2, disk_quota: quota, checkpoint_interval: Duration::from_millis(1) };
-    let handle = Keeper::start(Arc::clone(store), &recovered, config).unwrap();
+    let handle = Keeper::start(Arc::clone(store), &recovered, &|| unreachable!("there is space"), config).unwrap();
     let cores = (0..cores).map(|core| {
         let mut grants = handle.grants[usize::from(core)].iter();
         let config = LogConfig {

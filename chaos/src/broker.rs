@@ -105,6 +105,35 @@ impl Broker {
         }
     }
 
+    /// How it ended, if it has: the exit code, `None` inside for a signal.
+    pub fn ended(&mut self) -> Option<Option<i32>> {
+        self.child.try_wait().ok().flatten().map(|status| status.code())
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// All it has written so far, its log included.
+    pub fn said(&self) -> String {
+        let read = |path: &Path| std::fs::read(path).unwrap_or_default();
+        let text = [read(&self.stderr.with_extension("out")), read(&self.stderr)].concat();
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    /// What each of its threads waits for, as far as the kernel says (stacks for root only).
+    pub fn threads(&self) -> String {
+        let tasks = PathBuf::from(format!("/proc/{}/task", self.pid()));
+        let entries = std::fs::read_dir(&tasks).into_iter().flatten().flatten();
+        let of = |task: &Path| {
+            let read = |name| std::fs::read_to_string(task.join(name)).unwrap_or_default();
+            let state = read("status").lines().find(|line| line.starts_with("State:")).map(str::to_string);
+            let (name, state) = (read("comm"), state.unwrap_or_default());
+            format!("{} {state}\nwaits in {}\n{}\n", name.trim(), read("wchan"), read("stack"))
+        };
+        entries.map(|entry| of(&entry.path())).collect()
+    }
+
     /// SIGKILL, and waits until the process is reaped.
     pub fn kill(mut self) -> io::Result<ExitStatus> {
         self.child.kill()?;

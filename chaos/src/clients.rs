@@ -38,6 +38,8 @@ pub struct Run {
     pub seed: u64,
     /// Resend what is unanswered, publish nothing new, acknowledge all at once.
     pub draining: bool,
+    /// The network may end connections at any time; clients make new ones.
+    pub flaky: bool,
     /// Set just before the kill: from now on a lost connection is no surprise, and no new one is made.
     pub closing: AtomicBool,
     /// Set instead of a kill: clients leave by themselves.
@@ -61,7 +63,7 @@ impl Run {
                 }
                 wire.login(KEY, Duration::from_secs(5)).map(|()| wire)
             });
-            if self.closing.load(Ordering::SeqCst) {
+            if self.closing.load(Ordering::SeqCst) || self.leaves() {
                 return None;
             }
             match wire {
@@ -79,11 +81,20 @@ impl Run {
         self.recorder.record(&[Event::Misbehaved { run: self.number, text }]);
     }
 
-    /// The connection is gone; a surprise unless the broker was about to be killed.
-    fn gone(&self, who: &str, error: &std::io::Error) {
-        if !self.closing.load(Ordering::SeqCst) {
+    /// The connection is gone; a surprise unless the broker was about to be killed or the network is flaky. No network
+    /// makes a broker speak nonsense, though. True: to be made again.
+    fn gone(&self, who: &str, error: &std::io::Error) -> bool {
+        let nonsense = error.kind() == std::io::ErrorKind::InvalidData;
+        let closing = self.closing.load(Ordering::SeqCst);
+        if nonsense || !self.flaky && !closing {
             self.misbehaved(format!("{who}: the connection ended by itself: {error}"));
         }
+        self.flaky && !closing
+    }
+
+    /// Where the network injects garbage, its client is told so.
+    fn is_told_of_garbage(&self, cid: u64, code: u16) -> bool {
+        self.flaky && cid == 0 && code == 400
     }
 
     fn leaves(&self) -> bool {
@@ -133,7 +144,7 @@ impl Publisher {
         self
     }
 
-    /// True: left at `until`, to come back.
+    /// True: left at `until` or was cut off, to come back.
     fn work(&mut self, run: &Run, wire: &mut Wire, rng: &mut Rng, until: Option<Instant>) -> bool {
         let who = format!("publisher {}", self.number);
         let topic = topic_name(self.topic);
@@ -199,7 +210,7 @@ impl Publisher {
             }
         };
         if let Some(error) = gone {
-            run.gone(&who, &error);
+            left = run.gone(&who, &error);
         }
         let unknown: Vec<Event> =
             in_flight.iter().map(|seq| Event::Unknown { publisher: self.number, seq: *seq }).collect();
@@ -233,7 +244,7 @@ impl Publisher {
                         Outcome::Rejected { code, .. } => Event::Rejected { publisher, seq, code },
                     });
                 }
-                Said::Error { cid, code, text } => {
+                Said::Error { cid, code, text } if !run.is_told_of_garbage(cid, code) => {
                     run.misbehaved(format!("publisher {publisher}: error {code} {text} for {cid}"));
                 }
                 _ => {}
@@ -317,7 +328,8 @@ impl Consumer {
             match ended {
                 Ok(()) if run.leaves() => return,
                 Ok(()) => {}
-                Err(error) => return run.gone(&format!("consumer {}", self.number), &error),
+                Err(error) if run.gone(&format!("consumer {}", self.number), &error) => {}
+                Err(_) => return,
             }
         }
     }
@@ -390,7 +402,7 @@ impl Consumer {
                     messages.into_iter().map(|m| Event::Acked { sub: self.sub, publisher: m.publisher, seq: m.seq });
                 session.events.extend(acked);
             }
-            Said::Error { cid, code, text } => {
+            Said::Error { cid, code, text } if !run.is_told_of_garbage(cid, code) => {
                 run.misbehaved(format!("consumer {}: error {code} {text} for {cid}", self.number));
             }
             _ => {}

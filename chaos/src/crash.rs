@@ -338,6 +338,7 @@ impl<'a> Campaign<'a> {
             recorder: self.recorder.clone(),
             seed: self.seed,
             draining,
+            flaky: false,
             closing: AtomicBool::new(false),
             leave: AtomicBool::new(false),
             subscribed: AtomicUsize::new(0),

@@ -10,7 +10,8 @@
 //! I publisher seq        invoke                       S run                    stuck
 //! T sub publisher seq    consumer's ack sent         M run text             misbehaved
 //! D sub conn tag attempt 0|1 [publisher topic seq]       delivery, redelivered, nothing if the payload is nonsense
-//!   … @ p0 p1 d0 d1                                      published and decided between these
+//! @ writes micros        what follows was recorded when the disk had been given so many writes, at this time
+//!   … @ p0 p1 d0 d1                                      published and decided between these (only behind a D)
 //!
 //! J topic                publisher joins              N topic 0|1 0|1 0|1      subscription asked for: acks, named, earliest
 //! Z publisher seq        found among the dead letters H sub conn 0|1|-         attached, resumed
@@ -23,6 +24,7 @@ use std::path::Path;
 use std::str::{FromStr, SplitAsciiWhitespace};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::cut::{Stamp, Stamped};
 use crate::message::MessageId;
 use crate::oracle::{Delivery, Event, Excuse, Oracle, Plan, PlannedSubscription, SubKind, Timing, Traits, Verdict};
 
@@ -33,17 +35,45 @@ struct Inner {
     oracle: Oracle,
     file: BufWriter<File>,
     failed: Option<io::Error>,
+    stamps: Option<Stamps>,
+}
+
+/// For a history that a power cut may end anywhere: when each event was recorded.
+struct Stamps {
+    clock: Box<dyn Fn() -> io::Result<Stamp> + Send>,
+    kept: Vec<Stamped>,
 }
 
 impl Recorder {
     pub fn create(path: &Path, plan: Plan) -> io::Result<Recorder> {
         let mut file = BufWriter::new(File::create(path)?);
         write_plan(&mut file, &plan)?;
-        Ok(Recorder(Mutex::new(Inner { oracle: Oracle::new(plan), file, failed: None })))
+        Ok(Recorder(Mutex::new(Inner { oracle: Oracle::new(plan), file, failed: None, stamps: None })))
+    }
+
+    /// One that keeps its events too, each with what `clock` says when it is recorded: for an invoke and an acknowledgement
+    /// that is before its bytes leave, for all else after they have come.
+    pub fn stamped(
+        path: &Path,
+        plan: Plan,
+        clock: impl Fn() -> io::Result<Stamp> + Send + 'static,
+    ) -> io::Result<Recorder> {
+        let mut recorder = Recorder::create(path, plan)?;
+        let inner = recorder.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        inner.stamps = Some(Stamps { clock: Box::new(clock), kept: Vec::new() });
+        Ok(recorder)
     }
 
     pub fn record(&self, events: &[Event]) {
         let mut inner = self.lock();
+        let inner = &mut *inner;
+        if let Some(stamps) = &mut inner.stamps {
+            let written = (stamps.clock)().and_then(|stamp| {
+                stamps.kept.extend(events.iter().map(|event| Stamped { stamp, event: event.clone() }));
+                writeln!(inner.file, "@ {} {}", stamp.writes, stamp.micros)
+            });
+            inner.failed = inner.failed.take().or(written.err());
+        }
         for event in events {
             inner.oracle.observe(event);
             if let Err(error) = write_event(&mut inner.file, event) {
@@ -56,6 +86,14 @@ impl Recorder {
     pub fn so_far(&self) -> (Verdict, u64) {
         let inner = self.lock();
         (inner.oracle.so_far().clone(), inner.oracle.missing())
+    }
+
+    /// The events with their stamps, and what was found while they were recorded. `Err`: they are not complete.
+    pub fn into_stamped(self) -> io::Result<(Vec<Stamped>, Verdict)> {
+        let mut inner = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        inner.file.flush()?;
+        let kept = inner.stamps.map(|stamps| stamps.kept).unwrap_or_default();
+        inner.failed.map_or(Ok((kept, inner.oracle.finish(false))), Err)
     }
 
     /// `Err`: the history on disk is not complete.
@@ -71,14 +109,6 @@ impl Recorder {
     }
 }
 
-/// Keeps a history in which everybody joins as it goes.
-pub fn write(path: &Path, plan: &Plan, events: &[Event]) -> io::Result<()> {
-    let mut file = BufWriter::new(File::create(path)?);
-    write_plan(&mut file, plan)?;
-    events.iter().try_for_each(|event| write_event(&mut file, event))?;
-    file.flush()
-}
-
 /// Judges a history that was kept.
 pub fn judge(path: &Path, drained: bool) -> io::Result<Verdict> {
     let mut plan = Plan::default();
@@ -88,6 +118,7 @@ pub fn judge(path: &Path, drained: bool) -> io::Result<Verdict> {
         let bad = || io::Error::new(io::ErrorKind::InvalidData, format!("{}:{}: {line}", path.display(), number + 1));
         match line.as_bytes().first() {
             Some(b'P' | b'Q' | b'A') if oracle.is_none() => read_plan(&line, &mut plan).ok_or_else(bad)?,
+            Some(b'@') => {}
             _ => {
                 let event = read_event(&line).ok_or_else(bad)?;
                 oracle.get_or_insert_with(|| Oracle::new(plan.clone())).observe(&event);
@@ -95,6 +126,14 @@ pub fn judge(path: &Path, drained: bool) -> io::Result<Verdict> {
         }
     }
     Ok(oracle.unwrap_or_else(|| Oracle::new(plan)).finish(drained))
+}
+
+/// Keeps a history that nobody recorded as it went, so that it can be judged again.
+pub fn write(path: &Path, plan: &Plan, events: &[Event]) -> io::Result<()> {
+    let mut file = BufWriter::new(File::create(path)?);
+    write_plan(&mut file, plan)?;
+    events.iter().try_for_each(|event| write_event(&mut file, event))?;
+    file.flush()
 }
 
 fn write_plan(out: &mut impl Write, plan: &Plan) -> io::Result<()> {

@@ -13,16 +13,31 @@ pub mod clients;
 pub mod commands;
 /// `chaos crash`: kill, restart, drain, judge.
 pub mod crash;
+/// What a power cut may take, policy by policy.
+pub mod cut;
+/// `chaos disk`: the disk fails under a running broker.
+pub mod disk;
 /// A history on disk, one line per event, and the recorder that many clients share.
 pub mod history;
 /// A message's payload, from which a delivery tells what was published.
 pub mod message;
+/// `chaos net`: a bad network, and clients that misbehave on purpose.
+pub mod net;
+/// Mistakes planted one by one, and who catches them.
+#[cfg(feature = "planted-bugs")]
+pub mod mutants;
 /// What any history must satisfy; judges every harness.
 pub mod oracle;
+/// `chaos power`: the power goes, and what was confirmed is counted.
+pub mod power;
 /// One measured figure, appended to a file from which RESULTS.md is written.
 pub mod record;
 /// What was found, as a table and as JSON.
 pub mod report;
+/// The durability part of RESULTS.md.
+pub mod results;
+/// A disk whose every write is logged, and whose errors come on demand.
+pub mod rig;
 /// Chance that a seed repeats.
 pub mod rng;
 /// `chaos sim`: lives of a broker in virtual time, each from one seed.

@@ -238,7 +238,7 @@ pub fn put_string(output: &mut Vec<u8>, text: &str) {
     output.extend_from_slice(text.as_bytes());
 }
 
-fn put_options(output: &mut Vec<u8>, fill: impl FnOnce(&mut Vec<u8>)) {
+pub fn put_options(output: &mut Vec<u8>, fill: impl FnOnce(&mut Vec<u8>)) {
     let start = output.len();
     output.extend_from_slice(&[0; 2]);
     fill(output);
@@ -246,14 +246,14 @@ fn put_options(output: &mut Vec<u8>, fill: impl FnOnce(&mut Vec<u8>)) {
     output[start..start + 2].copy_from_slice(&len.to_be_bytes());
 }
 
-fn put_option(output: &mut Vec<u8>, tag: u8, value: &[u8]) {
+pub fn put_option(output: &mut Vec<u8>, tag: u8, value: &[u8]) {
     output.push(tag);
     output.extend_from_slice(&(value.len() as u16).to_be_bytes());
     output.extend_from_slice(value);
 }
 
 /// Bytes of the whole frame at the start of `input`; `None`: not all there yet.
-fn frame_len(input: &[u8]) -> io::Result<Option<usize>> {
+pub fn frame_len(input: &[u8]) -> io::Result<Option<usize>> {
     let Some(head) = input.first_chunk::<4>() else { return Ok(None) };
     let len = u32::from_be_bytes(*head) as usize;
     if !(9..=FRAME_MAX).contains(&len) {
@@ -262,7 +262,8 @@ fn frame_len(input: &[u8]) -> io::Result<Option<usize>> {
     Ok((input.len() >= 4 + len).then_some(4 + len))
 }
 
-fn parse(frame: Frame) -> io::Result<Vec<Said>> {
+/// A frame of v2. Several things only if it is a CONFIRM.
+pub fn parse(frame: Frame) -> io::Result<Vec<Said>> {
     let Frame { kind, cid, payload } = frame;
     let mut rest = Cursor(&payload);
     let said = match kind {

@@ -39,6 +39,30 @@ impl std::error::Error for ConfigError {}
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.say(&mut Printable(f))
+    }
+}
+
+/// Keys and names are repeated as they were found: control characters among them are spelt out, so that an error stays one
+/// line and a terminal shows it.
+struct Printable<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl fmt::Write for Printable<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        printable(text).try_for_each(|c| fmt::Write::write_char(self.0, c))
+    }
+}
+
+/// `text` with its control characters spelt out.
+pub(super) fn printable(text: &str) -> impl Iterator<Item = char> {
+    text.chars().flat_map(|c| {
+        let (plain, escaped) = if c.is_control() { (None, Some(c.escape_default())) } else { (Some(c), None) };
+        plain.into_iter().chain(escaped.into_iter().flatten())
+    })
+}
+
+impl ConfigError {
+    fn say(&self, f: &mut impl fmt::Write) -> fmt::Result {
         if let Some(origin) = &self.origin {
             write!(f, "{origin}: ")?;
         }
@@ -117,6 +141,20 @@ mod tests {
         {
             assert_eq!(distance(a, b), want, "{a} {b}");
         }
+    }
+
+    /// Found by fuzzing: a key with a tab in it went to the terminal as it was.
+    #[test]
+    fn an_error_is_one_line_whatever_it_repeats() {
+        let error = ConfigError {
+            origin: Some(Origin::Env("BLIPMQ_PORT\n".into())),
+            key: Some("a\tb\u{1b}[2J".into()),
+            problem: Problem::Unknown { near: None },
+        };
+        assert_eq!(
+            error.to_string(),
+            "environment variable BLIPMQ_PORT\\n: unknown setting `a\\tb\\u{1b}[2J`; config/blipmq.toml lists every setting"
+        );
     }
 
     #[test]

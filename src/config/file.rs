@@ -7,6 +7,7 @@ use super::{Draft, Origin};
 use crate::access::{KeyDigest, KeyEntry, Patterns};
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use std::fmt;
+use std::io;
 use std::path::Path;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -14,9 +15,14 @@ use toml::de::{DeTable, DeValue};
 /// A configuration file larger than this is a mistake.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 
-/// Lays the file over the draft. `named_by`: who said it exists.
-pub(super) fn apply(path: &Path, named_by: &str, draft: &mut Draft) -> Result<(), ConfigError> {
-    let text = read(path).map_err(|error| ConfigError {
+/// Lays the file over the draft. `text`: what reading it gave. `named_by`: who said it exists.
+pub(super) fn apply(
+    path: &Path,
+    text: io::Result<String>,
+    named_by: &str,
+    draft: &mut Draft,
+) -> Result<(), ConfigError> {
+    let text = text.map_err(|error| ConfigError {
         origin: Some(origin(path, Place::default())),
         key: None,
         problem: Problem::Unreadable { named_by: named_by.to_owned(), error },
@@ -34,9 +40,9 @@ pub(super) fn apply(path: &Path, named_by: &str, draft: &mut Draft) -> Result<()
     Layer { path, draft }.table("", &entries)
 }
 
-fn read(path: &Path) -> std::io::Result<String> {
+pub(super) fn read(path: &Path) -> io::Result<String> {
     if std::fs::metadata(path)?.len() > FILE_BYTES_MAX {
-        return Err(std::io::Error::other(format!("larger than {FILE_BYTES_MAX} bytes, no configuration is")));
+        return Err(io::Error::other(format!("larger than {FILE_BYTES_MAX} bytes, no configuration is")));
     }
     std::fs::read_to_string(path)
 }

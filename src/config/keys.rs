@@ -138,6 +138,8 @@ pub(super) static KEYS: &[Key] = &[
     key!(net.keepalive_ms, 0..=MS_MAX, MS),
     key!(net.tcp_user_timeout_ms, 0..=i32::MAX as u64, "milliseconds, 0 to 2147483647"),
     key!(net.unauthenticated_max, 1..=1_000_000, "connections per core, 1 to 1000000"),
+    key!(net.unauthenticated_per_address_max, 1..=1_000_000, "connections per core and address, 1 to 1000000"),
+    key!(net.frame_timeout_ms, 0..=MS_MAX, MS),
     key!(net.drain_ms, 0..=3_600_000, "milliseconds, 0 to 3600000"),
     key!(shards.count, ANY, "a number of cores, 0 to 65535 (0: one per allowed CPU)"),
     key!(shards.cpus, 0..=1_024, "a list of CPU numbers, such as [0, 2] (empty: all allowed)"),

@@ -1,5 +1,6 @@
 //! `--check-config`: the effective settings as TOML, each with where it came from. API keys are never shown.
 
+use super::error::printable;
 use super::value::{Setting, quote};
 use super::{Loaded, keys};
 use std::fmt::Write;
@@ -18,7 +19,8 @@ impl Loaded {
             }
             let mut line = format!("{name} = {}", (key.show)(&self.config));
             if let Some(origin) = self.origins.get(key.path) {
-                let _infallible = write!(line, "  # {origin}");
+                line.push_str("  # ");
+                line.extend(printable(&origin.to_string()));
             }
             out.push_str(&line);
             out.push('\n');
@@ -35,7 +37,9 @@ impl Loaded {
             );
         }
         for note in &self.notes {
-            let _infallible = writeln!(out, "\n# Note: {note}");
+            out.push_str("\n# Note: ");
+            out.extend(printable(note));
+            out.push('\n');
         }
         out
     }

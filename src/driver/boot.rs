@@ -1,5 +1,6 @@
 //! Recover the store, then make what each core begins with.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -11,11 +12,13 @@ use crate::shard::settings::{BacklogOverflow, Overflow, Settings};
 use crate::shard::snapshot;
 use crate::shard::{Parts, index};
 use crate::time::Duration;
-use crate::types::{ClientSubIds, CoreId, Lsn, StreamId, VShard};
+use crate::types::{ClientSubIds, CoreId, Lsn, Slot, StreamId, VShard};
 use crate::wal::batch::{Grant, Log, LogConfig};
-use crate::wal::checkpoint::Checkpoint;
+use crate::wal::checkpoint::{Checkpoint, VShardState};
 use crate::wal::commit::Commit;
+use crate::wal::keeper::RecoveredState;
 use crate::wal::recovery::Entry;
+use crate::wal::segments::Live;
 use crate::wal::start::{RecoveredStore, StartError, recover};
 use crate::wal::store::{Store, StoreOptions};
 
@@ -138,6 +141,22 @@ fn log_recovery(store: &RecoveredStore, catalogs: &[Catalog], began: Instant, co
 }
 
 impl Recovery {
+    /// The same as a checkpoint would say it.
+    pub fn state(&self) -> RecoveredState {
+        let last_index = &self.store.recovered.last_index;
+        let vshards = self.catalogs.iter().zip(0..).map(|(catalog, number)| VShardState {
+            last_index: last_index.get(usize::from(number)).copied().unwrap_or(0),
+            state: snapshot::encode(catalog, VShard(number)),
+        });
+        let live = self.catalogs.iter().flat_map(|catalog| catalog.usage().by_slot());
+        let mut by_slot = BTreeMap::<Slot, Live>::new();
+        for (slot, records, bytes) in live {
+            let sum = by_slot.entry(slot).or_default();
+            *sum = Live { records: sum.records + records, bytes: sum.bytes + bytes };
+        }
+        RecoveredState { vshards: vshards.collect(), live: by_slot.into_iter().collect() }
+    }
+
     /// What each core's shard is made of. `grants`: by core, the first is the one it begins with.
     pub fn into_parts(
         self,
@@ -220,6 +239,9 @@ fn settings(config: &Config, store: &Store, core: CoreId, cores: u16, port: u16)
         cache_bytes: budget / 8 * 3,
         entries_max: (budget / 2 / index::ENTRY_BYTES).max(1024),
         unauthenticated_max: usize::try_from(config.net.unauthenticated_max).unwrap_or(usize::MAX),
+        unauthenticated_per_address_max: usize::try_from(config.net.unauthenticated_per_address_max)
+            .unwrap_or(usize::MAX),
+        frame_timeout: ms(config.net.frame_timeout_ms),
         connection_bytes: usize::try_from(config.net.connection_bytes.0).unwrap_or(usize::MAX),
         idle_marker: config.storage.idle_marker,
         ports: if config.shards.shard_ports { (0..cores).map(|c| port + 1 + c).collect() } else { Vec::new() },

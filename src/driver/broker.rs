@@ -112,7 +112,7 @@ impl Broker {
             checkpoint_interval: Duration::from_millis(config.storage.checkpoint_interval_ms),
         };
         let KeeperHandle { to_keeper, from_keeper, mut grants, gauges, thread: keeper } =
-            Keeper::start(Arc::clone(&store), &recovery.store, keeper_config)?;
+            Keeper::start(Arc::clone(&store), &recovery.store, &|| recovery.state(), keeper_config)?;
         let (listen, listeners) = bind_all(loaded.listen, cores, config.shards.shard_ports)?;
 
         let readiness = Arc::new(Readiness::default());
@@ -156,7 +156,10 @@ impl Broker {
                 clock,
                 open_conns: Arc::clone(&open_conns),
                 connections_max: usize::try_from(machine.max_connections).unwrap_or(usize::MAX),
-                user_timeout: Duration::from_millis(config.net.tcp_user_timeout_ms),
+                patience: listener::Patience {
+                    keepalive: Duration::from_millis(config.net.keepalive_ms),
+                    user_timeout: Duration::from_millis(config.net.tcp_user_timeout_ms),
+                },
                 drain: Duration::from_millis(config.net.drain_ms),
                 store: numbers.take(),
                 control: controlled,

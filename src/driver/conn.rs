@@ -77,7 +77,8 @@ impl Conn {
         if self.closing.get().is_none() {
             self.closing.set(Some(reason));
         }
-        if reason == Closed::TooSlow || reason == Closed::Silent || self.outbox.borrow().is_empty() {
+        let at_once = matches!(reason, Closed::TooSlow | Closed::Silent | Closed::SlowFrame | Closed::Refused);
+        if at_once || self.outbox.borrow().is_empty() {
             self.shut_down();
         }
     }
@@ -181,7 +182,13 @@ impl Conn {
                         self.may_read(core).await;
                     }
                 }
-                Ok(None) => return true,
+                Ok(None) => {
+                    // Before the login its deadline is enough.
+                    if reader.held() > 0 && self.authenticated.get() {
+                        core.push(Event::Partial { conn: self.id, held: reader.held() });
+                    }
+                    return true;
+                }
                 Err(error) => {
                     self.paused.set(true);
                     core.push(Event::BadFrame { conn: self.id, error });

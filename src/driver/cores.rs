@@ -2,16 +2,18 @@
 
 use std::cell::{Cell, RefCell};
 use std::io::ErrorKind;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration as StdDuration;
 
 use futures_lite::FutureExt;
 use glommio::io::PollableFd;
 use glommio::{ExecutorJoinHandle, LocalExecutorBuilder, Placement, PoolPlacement};
+use nix::sys::resource::{Resource, getrlimit};
 
 use crate::driver::beat::Beat;
 use crate::driver::clock::Clock;
@@ -19,8 +21,9 @@ use crate::driver::conn::Conn;
 use crate::driver::inspect::{Answer, Inquiry, Question};
 use crate::driver::perform::fail_stop;
 use crate::driver::{Core, Counts, StoreNumbers, add};
+use crate::limits;
 use crate::metrics::{Closed, Refused};
-use crate::net::listener;
+use crate::net::listener::{self, Patience};
 use crate::ring::mesh::Port;
 use crate::shard::effects::Effects;
 use crate::shard::event::{Event, FromKeeper};
@@ -29,6 +32,7 @@ use crate::shard::{Parts, Shard};
 use crate::types::CoreId;
 use crate::wal::batch::Grant;
 use crate::wal::keeper::{ToCore, ToKeeper};
+use crate::wal::reader::is_out_of_descriptors;
 use crate::wal::writer::Writer;
 
 /// All that a core needs; made on the main thread, moved into the executor.
@@ -50,7 +54,7 @@ pub struct Plan {
     pub clock: Clock,
     pub open_conns: Arc<AtomicUsize>,
     pub connections_max: usize,
-    pub user_timeout: StdDuration,
+    pub patience: Patience,
     pub drain: StdDuration,
     /// What is known of the whole store: for the first core, which shows it.
     pub store: Option<StoreNumbers>,
@@ -77,28 +81,92 @@ pub enum Report {
     Ended,
 }
 
-/// Starts the core's executor on a thread of its own.
+/// Starts the core's executor on a thread of its own; returns when its first task runs.
+///
+/// The runtime can park before it has polled anything (GLOMMIO.md 2.1): then there is no task yet that the beat could wake, and
+/// the core would never come. So its plan lies where any executor can take it, and one that does not begin is replaced. Should
+/// it wake up later, it finds nothing to do and ends.
 pub fn spawn(plan: Plan) -> Result<ExecutorJoinHandle<()>, String> {
-    let guard = EndGuard { id: plan.id, reports: plan.reports.clone() };
-    LocalExecutorBuilder::new(Placement::Fixed(plan.cpu))
-        .name(&format!("core-{}", plan.id.0))
-        .io_memory(IO_MEMORY)
-        .ring_depth(256)
-        .preempt_timer(StdDuration::from_millis(1))
-        .blocking_thread_pool_placement(PoolPlacement::Unbound(1))
-        .spawn(move || async move {
-            let _guard = guard;
-            run(plan).await;
-        })
-        .map_err(|error| error.to_string())
+    let (id, cpu, reports) = (plan.id, plan.cpu, plan.reports.clone());
+    let waiting = Arc::new(Mutex::new(Some(plan)));
+    let (begun, begins) = flume::unbounded();
+    let start = |attempt: usize| {
+        let (waiting, birth) = (Arc::clone(&waiting), Birth { attempt, begun: Some(begun.clone()) });
+        let reports = reports.clone();
+        LocalExecutorBuilder::new(Placement::Fixed(cpu))
+            .name(&format!("core-{}", id.0))
+            .io_memory(IO_MEMORY)
+            .ring_depth(256)
+            .preempt_timer(StdDuration::from_millis(1))
+            .blocking_thread_pool_placement(PoolPlacement::Unbound(1))
+            .spawn(move || async move {
+                let Some(plan) = waiting.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+                birth.happened();
+                let _guard = EndGuard { id, reports };
+                run(plan).await;
+            })
+            .map_err(|error| error.to_string())
+    };
+    let why_ended = |executor: ExecutorJoinHandle<()>| match executor.join() {
+        Ok(()) => "it ended at once".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    until_begun(start, why_ended, &begins, BEGIN_WITHIN)
 }
 
+/// Whether an executor has begun; dropped before that, it never will.
+struct Birth {
+    attempt: usize,
+    begun: Option<flume::Sender<Result<usize, usize>>>,
+}
+
+impl Birth {
+    fn happened(mut self) {
+        if let Some(begun) = self.begun.take() {
+            _ = begun.send(Ok(self.attempt)); // nobody waits for the late ones
+        }
+    }
+}
+
+impl Drop for Birth {
+    fn drop(&mut self) {
+        if let Some(begun) = self.begun.take() {
+            _ = begun.send(Err(self.attempt)); // as above
+        }
+    }
+}
+
+/// Starts one after the other until one of them says that it has begun; that one. `Err`: why one ended instead.
+fn until_begun<H>(
+    mut start: impl FnMut(usize) -> Result<H, String>,
+    why_ended: impl Fn(H) -> String,
+    begins: &flume::Receiver<Result<usize, usize>>,
+    within: StdDuration,
+) -> Result<H, String> {
+    let mut started = Vec::new();
+    for attempt in 0..BEGIN_ATTEMPTS {
+        started.push(start(attempt)?);
+        match begins.recv_timeout(within) {
+            Ok(Ok(begun)) => return Ok(started.swap_remove(begun)),
+            Ok(Err(ended)) => return Err(why_ended(started.swap_remove(ended))),
+            Err(_) => tracing::warn!(attempt, "a core's executor does not begin; another one is started for it"),
+        }
+    }
+    Err(format!("none of {BEGIN_ATTEMPTS} executors began"))
+}
+
+/// Longer than an executor takes to begin, but on a machine that is hardly running.
+const BEGIN_WITHIN: StdDuration = StdDuration::from_millis(500);
+/// Executors started for one core. A parked one costs a thread and its rings until the process ends.
+const BEGIN_ATTEMPTS: usize = 20;
 /// Registered memory for O_DIRECT; three times this is charged to RLIMIT_MEMLOCK.
 const IO_MEMORY: usize = 1 << 20;
 /// Connections one look at a listener accepts before the core does something else.
 const ACCEPTS_AT_ONCE: usize = 64;
 /// How long a listener rests when the process has no descriptor left.
 const ACCEPT_PAUSE: StdDuration = StdDuration::from_millis(50);
+/// Between two lines in the log about connections that were not accepted. All are counted.
+const REFUSAL_LINES: StdDuration = StdDuration::from_secs(1);
 
 /// Tells main that the executor has ended, however it did. A panic in a core ends the process: a half-alive shard is
 /// worse than a restart.
@@ -118,8 +186,7 @@ impl Drop for EndGuard {
 }
 
 async fn run(plan: Plan) {
-    let Plan { control, reports, from_keeper, inquiries, listeners, connections_max, user_timeout, drain, id, .. } =
-        plan;
+    let Plan { control, reports, from_keeper, inquiries, listeners, connections_max, patience, drain, id, .. } = plan;
     let mut effects = Effects::new(plan.cores);
     let shard = Shard::new(plan.parts, plan.clock.now(), &mut effects);
     let core = Rc::new(Core {
@@ -165,7 +232,7 @@ async fn run(plan: Plan) {
     until(|| core.shard.borrow().is_all_durable()).await;
     let accepting = Rc::new(Cell::new(true));
     for listener in listeners {
-        let task = accept(core.clone(), listener, accepting.clone(), connections_max, user_timeout);
+        let task = accept(core.clone(), listener, accepting.clone(), connections_max, patience);
         glommio::spawn_local(task).detach();
     }
     _ = reports.send((id, Report::Ready));
@@ -233,17 +300,22 @@ async fn answer(core: Rc<Core>, inquiries: flume::Receiver<Inquiry>) {
     }
 }
 
+/// Takes connections in small portions, and everything else has its turn in between: a storm of clients waits in the
+/// kernel's queue, not in front of those who are served.
 async fn accept(
     core: Rc<Core>,
     listener: TcpListener,
     accepting: Rc<Cell<bool>>,
     connections_max: usize,
-    user_timeout: StdDuration,
+    patience: Patience,
 ) {
     let Ok(listener) = PollableFd::new(listener) else { return };
+    let complaint = Complaint::default();
     while accepting.get() {
-        if listener.readable().await.is_err() {
-            return;
+        if let Err(error) = listener.readable().await {
+            complaint.say(|| tracing::warn!("cannot wait for connections: {error}"));
+            glommio::timer::sleep(ACCEPT_PAUSE).await;
+            continue;
         }
         for _ in 0..ACCEPTS_AT_ONCE {
             if !accepting.get() {
@@ -253,13 +325,22 @@ async fn accept(
                 Ok((stream, peer)) => {
                     if core.open_conns.load(Ordering::Relaxed) >= connections_max {
                         core.counts.refused.borrow_mut().add(Refused::Connections, 1);
-                        tracing::warn!(%peer, limit = connections_max, "connection refused: [net] max_connections is reached");
+                        complaint.say(|| {
+                            tracing::warn!(%peer, limit = connections_max, "connection refused: [net] max_connections is reached");
+                        });
                         continue;
                     }
-                    if listener::set_up(&stream, user_timeout).is_err() {
+                    if is_kept_back(&stream) {
+                        core.counts.refused.borrow_mut().add(Refused::Descriptors, 1);
+                        complaint.say(|| {
+                            tracing::warn!(%peer, "connection refused: hardly a file descriptor is left; raise RLIMIT_NOFILE");
+                        });
+                        continue;
+                    }
+                    if listener::set_up(&stream, patience).is_err() {
                         continue; // it is gone already
                     }
-                    let Ok(socket) = PollableFd::new(stream) else { return };
+                    let Ok(socket) = PollableFd::new(stream) else { continue };
                     add(&core.counts.accepted, 1);
                     core.open_conns.fetch_add(1, Ordering::Relaxed);
                     let conn = Rc::new(Conn::new(core.new_conn_id(), socket));
@@ -269,21 +350,38 @@ async fn accept(
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => {
-                    if is_out_of_descriptors(&error) {
+                    if is_out_of_descriptors(error.raw_os_error()) {
                         core.counts.refused.borrow_mut().add(Refused::Descriptors, 1);
-                        tracing::warn!("cannot accept: {error}; raise RLIMIT_NOFILE");
+                        complaint.say(|| tracing::warn!("cannot accept: {error}; raise RLIMIT_NOFILE"));
                         glommio::timer::sleep(ACCEPT_PAUSE).await;
                     }
                     break;
                 }
             }
         }
-        glommio::executor().yield_if_needed().await;
+        glommio::executor().yield_now().await;
     }
 }
 
-fn is_out_of_descriptors(error: &std::io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(code) if code == nix::libc::EMFILE || code == nix::libc::ENFILE)
+/// Says something now and then, however often there is reason to.
+#[derive(Default)]
+struct Complaint(Cell<Option<std::time::Instant>>);
+
+impl Complaint {
+    fn say(&self, line: impl FnOnce()) {
+        let now = std::time::Instant::now();
+        if self.0.get().is_none_or(|last| now - last >= REFUSAL_LINES) {
+            self.0.set(Some(now));
+            line();
+        }
+    }
+}
+
+/// It got one of the last descriptors, which are for the log. `max_connections` leaves room enough at start, but the limit may
+/// have been lowered since. (The kernel gives out the lowest number that is free.)
+fn is_kept_back(stream: &TcpStream) -> bool {
+    let Ok((soft, _)) = getrlimit(Resource::RLIMIT_NOFILE) else { return false };
+    stream.as_raw_fd() as u64 + limits::FILES_KEPT_BACK >= soft
 }
 
 /// A panic while one connection's bytes are looked at ends that connection, not the core.
@@ -294,4 +392,57 @@ async fn serve(core: Rc<Core>, conn: Rc<Conn>) {
         Closed::Internal
     });
     core.forget(conn.id, reason);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHORT: StdDuration = StdDuration::from_millis(20);
+
+    #[test]
+    fn an_executor_that_never_begins_is_replaced() {
+        let (begun, begins) = flume::unbounded();
+        let mut births = Vec::new();
+        let start = |attempt| {
+            let birth = Birth { attempt, begun: Some(begun.clone()) };
+            match attempt {
+                0 | 1 => births.push(birth), // parked before its first task
+                _ => birth.happened(),
+            }
+            Ok(attempt)
+        };
+        assert_eq!(until_begun(start, |_| unreachable!(), &begins, SHORT), Ok(2));
+        assert_eq!(births.len(), 2);
+    }
+
+    #[test]
+    fn the_one_that_begins_late_is_the_one() {
+        let (begun, begins) = flume::unbounded();
+        let mut first = None;
+        let start = |attempt| {
+            let birth = Birth { attempt, begun: Some(begun.clone()) };
+            match first.take() {
+                None => first = Some(birth),
+                Some(late) => {
+                    Birth::happened(late);
+                    // The second finds nothing to do: its birth ends after the first one's began.
+                    drop(birth);
+                }
+            }
+            Ok(attempt)
+        };
+        assert_eq!(until_begun(start, |_| unreachable!(), &begins, SHORT), Ok(0));
+    }
+
+    #[test]
+    fn one_that_cannot_run_says_why() {
+        let (begun, begins) = flume::unbounded();
+        let start = |attempt| {
+            drop(Birth { attempt, begun: Some(begun.clone()) });
+            Ok(attempt)
+        };
+        let why = until_begun(start, |attempt| format!("{attempt}: no memory"), &begins, SHORT);
+        assert_eq!(why, Err("0: no memory".to_owned()));
+    }
 }

@@ -102,6 +102,7 @@ impl StoreNumbers {
         metrics.checkpoint_fallbacks = u64::from(self.fallbacks);
         metrics.segments_live = read(&self.keeper.slots_used);
         metrics.segments_free = read(&self.keeper.slots).saturating_sub(metrics.segments_live);
+        metrics.segments_recycled = read(&self.keeper.slots_recycled);
         metrics.no_space = read(&self.keeper.no_space);
         metrics.checkpoints = read(&self.keeper.checkpoints);
         metrics.checkpoint_bytes = read(&self.keeper.checkpoint_bytes);
@@ -121,6 +122,7 @@ struct Counts {
     ring_batches: RefCell<By<Direction>>,
     ring_messages: RefCell<By<Direction>>,
     ring_full: Cell<u64>,
+    segments_begun: Cell<u64>,
     sync_time: RefCell<crate::metrics::Histogram>,
 }
 
@@ -251,6 +253,7 @@ impl Core {
         metrics.ring_batches = self.counts.ring_batches.borrow().clone();
         metrics.ring_messages = self.counts.ring_messages.borrow().clone();
         metrics.ring_full = self.counts.ring_full.get();
+        metrics.segments_begun = self.counts.segments_begun.get();
         metrics.sync_time = self.counts.sync_time.borrow().clone();
         if let Some(store) = &self.store {
             store.show(&mut metrics);

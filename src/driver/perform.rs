@@ -7,7 +7,8 @@ use bytes::Bytes;
 use crate::driver::conn::Conn;
 use crate::driver::{Core, add};
 use crate::limits;
-use crate::metrics::{Closed, Direction};
+use crate::metrics::{Closed, Direction, Refused};
+use crate::planted::planted;
 use crate::protocol::reply::Reply;
 use crate::shard::Shard;
 use crate::shard::effects::{CloseReason, Effects, ForKeeper, Snapshot};
@@ -50,6 +51,9 @@ impl Core {
             }
         }
         for (id, reason) in effects.close.drain(..) {
+            if reason == CloseReason::TooManyUnauthenticated {
+                self.counts.refused.borrow_mut().add(Refused::Unauthenticated, 1);
+            }
             if let Some(conn) = self.conn(id) {
                 conn.close(closed(reason));
             }
@@ -60,7 +64,7 @@ impl Core {
             glommio::spawn_local(async move {
                 match reader::read(&core.wal_dir, read.slot, read.offset, read.len).await {
                     Ok(bytes) => core.push(Event::BacklogRead { slot: read.slot, offset: read.offset, bytes }),
-                    Err(error) if error.gone => {
+                    Err(error) if error.gone || planted!(ReadErrorIgnored) => {
                         // Whoever asked finds that the message is finished; if it is not, this line tells an operator.
                         tracing::warn!("{error}; it was freed while a read was on its way");
                         glommio::timer::sleep(RETRY_READ).await;
@@ -110,16 +114,12 @@ impl Core {
                 continue;
             }
             let messages = (slot.asks.len() + slot.tells.len()) as u64;
-            match port.push(CoreId(core as u16), std::mem::take(slot)) {
-                Ok(()) => {
-                    self.counts.ring_batches.borrow_mut().add(Direction::Sent, 1);
-                    self.counts.ring_messages.borrow_mut().add(Direction::Sent, messages);
-                }
-                Err(batch) => {
-                    // It grows until there is room; what may be in it is bounded by what was accepted.
-                    add(&self.counts.ring_full, 1);
-                    *slot = batch;
-                }
+            if port.offer(CoreId(core as u16), slot) {
+                self.counts.ring_batches.borrow_mut().add(Direction::Sent, 1);
+                self.counts.ring_messages.borrow_mut().add(Direction::Sent, messages);
+            } else {
+                // It grows until there is room; what may be in it is bounded by what was accepted.
+                add(&self.counts.ring_full, 1);
             }
         }
         port.flush_wakes();
@@ -151,16 +151,19 @@ impl Core {
             self.write_busy.set(true);
             if write.new_segment {
                 self.begun.borrow_mut().push(write.segment);
+                add(&self.counts.segments_begun, 1);
             }
             let core = self.clone();
             glommio::spawn_local(async move {
                 #[cfg(feature = "planted-bugs")]
                 slow_down().await;
                 let began = core.now_mono();
-                if let Err(error) = core.writer.write(&write).await {
+                if let Err(error) = core.writer.write(&write).await
+                    && !planted!(IgnoreIoError)
+                {
                     fail_stop(&error);
                 }
-                let synced = core.writer.is_dsync();
+                let synced = core.writer.is_dsync() || planted!(HeaderNotSynced) && write.new_segment;
                 if synced {
                     core.counts.sync_time.borrow_mut().record((core.now_mono() - began).0);
                 }
@@ -177,7 +180,9 @@ impl Core {
             let core = self.clone();
             glommio::spawn_local(async move {
                 let began = core.now_mono();
-                if let Err(error) = core.writer.sync().await {
+                if let Err(error) = core.writer.sync().await
+                    && !planted!(IgnoreIoError)
+                {
                     fail_stop(&error);
                 }
                 core.counts.sync_time.borrow_mut().record((core.now_mono() - began).0);
@@ -207,7 +212,9 @@ pub(super) fn fail_stop(error: &WriteFailed) -> ! {
 fn closed(reason: CloseReason) -> Closed {
     match reason {
         CloseReason::BadFrame => Closed::Protocol,
-        CloseReason::AuthDeadline | CloseReason::TooManyUnauthenticated => Closed::AuthDeadline,
+        CloseReason::AuthDeadline => Closed::AuthDeadline,
+        CloseReason::TooManyUnauthenticated => Closed::Refused,
+        CloseReason::SlowFrame => Closed::SlowFrame,
         CloseReason::SlowConsumer => Closed::TooSlow,
         CloseReason::Silent => Closed::Silent,
     }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use flume::{Receiver, Sender, TrySendError};
 use socket2::SockRef;
 
+use super::request::{self, Request, Unfit};
 use crate::limits;
 
 /// How long a thread may sleep in a read or write before it looks whether the server is stopping.
@@ -23,17 +24,6 @@ const DEADLINE: Duration = Duration::from_millis(limits::HTTP_DEADLINE_MS);
 /// After the answer: how long and how much we go on reading, so that closing does not destroy the answer on its way.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 64 * 1024;
-const HEADERS_MAX: usize = 64;
-
-/// What a handler needs to know of a request.
-pub(super) struct Request {
-    /// Without the query.
-    pub(super) path: String,
-    /// What the client says it understands; empty if it did not say.
-    pub(super) accept: String,
-    /// HEAD: the answer's head is all that is wanted.
-    head_only: bool,
-}
 
 pub(super) struct Response {
     status: u16,
@@ -240,34 +230,21 @@ fn read_request(stream: &TcpStream, stop: &AtomicBool) -> Result<Request, Unread
             }
             Err(error) => return Err(Unreadable::Gone(error)),
         }
-        if let Some(request) = parse(&head[..used]).map_err(Unreadable::Refused)? {
-            return Ok(request);
+        match request::parse(&head[..used]) {
+            Ok(Some(request)) => return Ok(request),
+            Ok(None) => {}
+            Err(unfit) => return Err(refused(unfit)),
         }
     }
-    Err(Unreadable::Refused(too_large()))
+    Err(refused(Unfit::TooLarge))
 }
 
-fn too_large() -> Response {
-    Response::text(431, "the request's head is too large")
-}
-
-/// `None`: not complete yet.
-fn parse(head: &[u8]) -> Result<Option<Request>, Response> {
-    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
-    let mut request = httparse::Request::new(&mut headers);
-    match request.parse(head) {
-        Ok(httparse::Status::Complete(_)) => {}
-        Ok(httparse::Status::Partial) => return Ok(None),
-        Err(httparse::Error::TooManyHeaders) => return Err(too_large()),
-        Err(error) => return Err(Response::text(400, format!("bad request: {error}"))),
-    }
-    let target = request.path.unwrap_or_default();
-    let accept = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case("accept"));
-    Ok(Some(Request {
-        path: target.split('?').next().unwrap_or_default().to_string(),
-        accept: accept.map_or_else(String::new, |header| String::from_utf8_lossy(header.value).into_owned()),
-        head_only: request.method == Some("HEAD"),
-    }))
+fn refused(unfit: Unfit) -> Unreadable {
+    let status = match unfit {
+        Unfit::TooLarge => 431,
+        Unfit::Bad(_) => 400,
+    };
+    Unreadable::Refused(Response::text(status, unfit.to_string()))
 }
 
 fn read(mut stream: &TcpStream, into: &mut [u8], deadline: Instant, stop: &AtomicBool) -> io::Result<usize> {

@@ -2,11 +2,13 @@
 //!
 //! Owns: which path shows what. Never: runs on a core, names the runtime, touches a core's state: it asks
 //! (`driver::inspect`).
-//! Neighbours: `http` moves bytes, `metrics` and `admin` say what is in them.
+//! Neighbours: `http` moves bytes, `request` understands them, `metrics` and `admin` say what is in them.
 
 mod admin;
 mod http;
 mod metrics;
+/// What is asked for.
+pub mod request;
 
 use std::io;
 use std::net::SocketAddr;
@@ -24,7 +26,7 @@ impl Gateway {
     /// Listens on `addr`. An address that cannot be had is an error here, not something to find out later.
     pub fn start(addr: SocketAddr, inspect: Arc<dyn Inspect>, readiness: Arc<Readiness>) -> io::Result<Gateway> {
         let scrapes = metrics::Scrapes::default();
-        let handler = move |request: &http::Request| match request.path.as_str() {
+        let handler = move |request: &request::Request| match request.path.as_str() {
             "/metrics" => scrapes.answer(&*inspect, &request.accept),
             "/healthz" => admin::health(&*inspect),
             "/readyz" => admin::ready(&readiness),

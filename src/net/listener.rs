@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
+use crate::limits;
+
 /// Connections the kernel holds for us until we accept them.
 const BACKLOG: i32 = 4096;
 
@@ -30,14 +32,32 @@ pub fn claim(addr: SocketAddr) -> io::Result<()> {
     socket.listen(1)
 }
 
-/// What every accepted connection gets. `user_timeout` zero: the kernel's own.
-pub fn set_up(stream: &TcpStream, user_timeout: Duration) -> io::Result<()> {
+/// When a peer that says nothing, or takes nothing, is given up by the kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// An idle connection is probed after this: the only sign of life v1 has. Zero: the kernel's own.
+    pub keepalive: Duration,
+    /// Zero: the kernel's own.
+    pub user_timeout: Duration,
+}
+
+/// What every accepted connection gets.
+pub fn set_up(stream: &TcpStream, patience: Patience) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(Duration::from_secs(30)))?;
-    if !user_timeout.is_zero() {
-        socket.set_tcp_user_timeout(Some(user_timeout))?;
+    socket.set_tcp_notsent_lowat(limits::SOCKET_UNSENT_MAX)?;
+    let probes = match patience.keepalive {
+        Duration::ZERO => TcpKeepalive::new(),
+        // The kernel counts in seconds. Three probes unanswered, as with pings, unless the user timeout comes first.
+        idle => {
+            let idle = idle.max(Duration::from_secs(1));
+            TcpKeepalive::new().with_time(idle).with_interval(idle).with_retries(3)
+        }
+    };
+    socket.set_tcp_keepalive(&probes)?;
+    if !patience.user_timeout.is_zero() {
+        socket.set_tcp_user_timeout(Some(patience.user_timeout))?;
     }
     Ok(())
 }

@@ -73,6 +73,11 @@ impl Reader {
         self.decoder.push(bytes);
     }
 
+    /// Bytes of a frame that has not arrived in full.
+    pub fn held(&self) -> usize {
+        self.decoder.buffered()
+    }
+
     /// The next request. HELLO is obeyed here as the shard will obey it: the first good one decides the version.
     ///
     /// - `authenticated`: as the shard has decided; after an AUTH, wait for its decision.

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use bytes::{Buf, Bytes};
 
 use crate::limits::{FRAME_LEN_MAX, FRAME_LEN_MAX_BEFORE_AUTH, FRAME_LEN_MIN};
+use crate::planted::planted;
 use crate::protocol::frame::{self, FrameError, HEADER_LEN, LENGTH_LEN};
 use crate::protocol::request::{Request, Version};
 use crate::protocol::{v1, v2};
@@ -108,7 +109,7 @@ impl FrameBuffer {
             if self.chunks.is_empty() {
                 return Ok(None);
             }
-            self.fill_partial(end.unwrap_or(LENGTH_LEN));
+            self.fill_partial(if planted!(FrameSwallowed) { usize::MAX } else { end.unwrap_or(LENGTH_LEN) });
         }
     }
 
@@ -133,7 +134,7 @@ impl FrameBuffer {
 fn frame_end(bytes: &[u8], len_max: u32) -> Result<Option<usize>, FrameError> {
     let Some(len) = bytes.first_chunk::<LENGTH_LEN>() else { return Ok(None) };
     let len = u32::from_be_bytes(*len);
-    if !(FRAME_LEN_MIN..=len_max).contains(&len) {
+    if !(FRAME_LEN_MIN..=len_max).contains(&len) && !planted!(AnyLength) {
         return Err(FrameError::Length { len, max: len_max });
     }
     Ok(Some(LENGTH_LEN + len as usize))

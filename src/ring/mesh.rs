@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 
 use super::spsc::{Consumer, Producer, ring};
 use super::sync::{Arc, AtomicBool, AtomicWaker, Ordering, fence};
+use crate::planted::planted;
 use crate::types::CoreId;
 
 /// Where one core sleeps. Written by its own core when it parks, by a peer when it wakes it.
@@ -30,8 +31,12 @@ impl Parking {
 
     /// Wakes the core if it sleeps; of several peers that come at once, one does.
     fn wake(&self) {
-        // The load first: the core is awake most of the time, and a swap would take its cache line away from it.
-        if self.parked.load(Ordering::Relaxed) && self.parked.swap(false, Ordering::SeqCst) {
+        // The load first: the core is awake most of the time, and an exchange would take its cache line away from it.
+        // Not a swap, which writes also when another peer was faster: loom takes such a write for one that may come late, and
+        // then finds lost wake-ups that no machine can show.
+        let (success, failure) = (Ordering::SeqCst, Ordering::Relaxed);
+        let parked = &self.parked;
+        if parked.load(Ordering::Relaxed) && parked.compare_exchange(true, false, success, failure).is_ok() {
             self.waker.wake();
         }
     }
@@ -104,6 +109,18 @@ impl<T> Port<T> {
         link.refused = pushed.is_err();
         link.pushed |= pushed.is_ok();
         pushed
+    }
+
+    /// Pushes what is in `slot`; leaves it there if that ring is full, and says `false`.
+    pub fn offer(&mut self, to: CoreId, slot: &mut T) -> bool
+    where
+        T: Default,
+    {
+        let Err(item) = self.push(to, std::mem::take(slot)) else { return true };
+        if !planted!(DropOnFullRing) {
+            *slot = item;
+        }
+        false
     }
 
     /// After the last push and the last pop of a turn: wakes the cores that sleep and have something to do now.
@@ -236,6 +253,22 @@ mod tests {
 
     fn is_ready<T>(port: &mut Port<T>, waker: &Waker) -> bool {
         port.poll_ready(&mut Context::from_waker(waker)).is_ready()
+    }
+
+    #[test]
+    fn what_does_not_fit_stays_where_it_was() {
+        let [mut a, mut b, _] = three();
+        for item in [1, 2] {
+            let mut slot = item;
+            assert!(a.offer(B, &mut slot));
+            assert_eq!(slot, 0, "it has gone");
+        }
+        let mut slot = 3;
+        assert!(!a.offer(B, &mut slot));
+        assert_eq!(slot, 3, "kept until there is room");
+        assert_eq!(b.pop(A), Some(1));
+        assert!(a.offer(B, &mut slot));
+        assert_eq!((b.pop(A), b.pop(A), b.pop(A)), (Some(2), Some(3), None));
     }
 
     fn three() -> [Port<u32>; 3] {
@@ -433,6 +466,7 @@ mod tests {
 mod loom_tests {
     use std::task::{Wake, Waker};
 
+    use loom::sync::{Condvar, Mutex};
     use loom::thread;
 
     use super::*;
@@ -446,18 +480,35 @@ mod loom_tests {
         (ports.pop().unwrap(), b)
     }
 
-    struct Unpark(thread::Thread);
+    /// Where a thread sleeps. Not loom's `park`: that forgets an `unpark` that comes while the thread waits for a lock.
+    #[derive(Default)]
+    struct Bed {
+        called: Mutex<bool>,
+        bell: Condvar,
+    }
 
-    impl Wake for Unpark {
+    impl Bed {
+        fn sleep(&self) {
+            let mut called = self.called.lock().unwrap();
+            while !*called {
+                called = self.bell.wait(called).unwrap();
+            }
+            *called = false;
+        }
+    }
+
+    impl Wake for Bed {
         fn wake(self: std::sync::Arc<Self>) {
-            self.0.unpark();
+            *self.called.lock().unwrap() = true;
+            self.bell.notify_one();
         }
     }
 
     fn wait(port: &mut Port<u32>) {
-        let waker = Waker::from(std::sync::Arc::new(Unpark(thread::current())));
+        let bed = std::sync::Arc::new(Bed::default());
+        let waker = Waker::from(std::sync::Arc::clone(&bed));
         while port.poll_ready(&mut Context::from_waker(&waker)).is_pending() {
-            thread::park();
+            bed.sleep();
         }
     }
 
@@ -490,20 +541,120 @@ mod loom_tests {
         });
     }
 
-    #[test]
-    fn room_wakes_the_refused() {
-        bounded(|| {
+    /// `take`: how the receiver makes room.
+    fn room_wakes(take: fn(&mut Port<u32>) -> Option<u32>) {
+        bounded(move || {
             let (mut a, mut b) = two(1);
             a.push(B, 1).unwrap();
             assert_eq!(a.push(B, 2), Err(2));
             let receiver = thread::spawn(move || {
-                assert_eq!(b.pop(A), Some(1));
+                assert_eq!(take(&mut b), Some(1));
                 b.flush_wakes();
                 b
             });
             wait(&mut a);
             a.push(B, 2).unwrap();
             assert_eq!(receiver.join().unwrap().pop(A), Some(2));
+        });
+    }
+
+    #[test]
+    fn room_wakes_the_refused() {
+        room_wakes(|port| port.pop(A));
+    }
+
+    #[test]
+    fn room_after_a_drain_wakes_the_refused() {
+        room_wakes(|port| {
+            let mut got = None;
+            port.drain(|_, item| got = Some(item));
+            got
+        });
+    }
+
+    /// Sends and receives `each` items, and sleeps whenever there is nothing to do: as a core does.
+    fn exchange(port: &mut Port<u32>, peer: CoreId, each: u32) {
+        let (mut sent, mut got) = (0, 0);
+        loop {
+            while sent < each && port.push(peer, sent).is_ok() {
+                sent += 1;
+            }
+            port.drain(|from, item| {
+                assert_eq!((from, item), (peer, got));
+                got += 1;
+            });
+            port.flush_wakes();
+            if sent == each && got == each {
+                return;
+            }
+            wait(port);
+        }
+    }
+
+    /// Both rings are full at times, so both cores wait for room and for items, in turns.
+    #[test]
+    fn batches_cross_both_ways() {
+        bounded(|| {
+            let (mut a, mut b) = two(1);
+            let other = thread::spawn(move || {
+                exchange(&mut b, A, 2);
+                b
+            });
+            exchange(&mut a, B, 2);
+            drop(other.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn two_senders_wake_one_sleeper() {
+        bounded(|| {
+            let mut ports = mesh::<u32>(3, 2);
+            let mut b = ports.remove(1);
+            let senders: Vec<_> = ports
+                .into_iter()
+                .map(|mut port| {
+                    thread::spawn(move || {
+                        port.push(B, u32::from(port.core().0)).unwrap();
+                        port.flush_wakes();
+                        port
+                    })
+                })
+                .collect();
+            let mut got = Vec::new();
+            while got.len() < 2 {
+                wait(&mut b);
+                b.drain(|from, item| {
+                    assert_eq!(item, u32::from(from.0));
+                    got.push(item);
+                });
+            }
+            senders.into_iter().for_each(|sender| drop(sender.join().unwrap()));
+        });
+    }
+
+    /// What was sent to it is dropped once, its waker is gone, and the peer that was waking it finds out.
+    #[test]
+    fn a_port_may_go_while_it_is_woken() {
+        bounded(|| {
+            let mut ports = mesh::<loom::sync::Arc<()>>(2, 2);
+            let (mut b, mut a) = (ports.pop().unwrap(), ports.pop().unwrap());
+            let item = loom::sync::Arc::new(());
+            let theirs = item.clone();
+            let sender = thread::spawn(move || {
+                a.push(B, theirs).unwrap();
+                a.flush_wakes();
+                a
+            });
+            let woken = std::sync::Arc::new(Bed::default());
+            let waker = Waker::from(std::sync::Arc::clone(&woken));
+            let _either = b.poll_ready(&mut Context::from_waker(&waker));
+            drop(waker);
+            drop(b);
+            let a = sender.join().unwrap();
+            assert!(a.is_gone(B));
+            drop(a);
+            assert_eq!(loom::sync::Arc::strong_count(&item), 1);
+            assert_eq!(std::sync::Arc::strong_count(&woken), 1, "a waker outlived its port");
         });
     }
 

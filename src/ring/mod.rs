@@ -34,16 +34,22 @@ pub(crate) mod sync {
     pub(crate) use loom::sync::Arc;
     pub(crate) use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 
-    /// What `atomic_waker` promises, said with a lock.
-    pub(crate) struct AtomicWaker(loom::sync::Mutex<Option<std::task::Waker>>);
+    /// What `atomic_waker` promises, said with a lock: and no more than that. Whoever does not know of a `register` (by an order
+    /// that somebody else makes) may not find its waker.
+    pub(crate) struct AtomicWaker {
+        waker: loom::sync::Mutex<Option<std::task::Waker>>,
+        registered: AtomicBool,
+    }
 
     impl AtomicWaker {
         pub(crate) fn new() -> AtomicWaker {
-            AtomicWaker(loom::sync::Mutex::new(None))
+            AtomicWaker { waker: loom::sync::Mutex::new(None), registered: AtomicBool::new(false) }
         }
 
         pub(crate) fn register(&self, waker: &std::task::Waker) {
-            *self.0.lock().unwrap() = Some(waker.clone());
+            let mut registered = self.waker.lock().unwrap();
+            *registered = Some(waker.clone());
+            self.registered.store(true, Ordering::Relaxed);
         }
 
         pub(crate) fn wake(&self) {
@@ -53,7 +59,12 @@ pub(crate) mod sync {
         }
 
         pub(crate) fn take(&self) -> Option<std::task::Waker> {
-            self.0.lock().unwrap().take()
+            if !self.registered.load(Ordering::Relaxed) {
+                return None;
+            }
+            let mut registered = self.waker.lock().unwrap();
+            self.registered.store(false, Ordering::Relaxed);
+            registered.take()
         }
     }
 }

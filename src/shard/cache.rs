@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 
+use crate::planted::planted;
 use crate::types::{LogRef, Slot};
 
 /// Where cached bytes come from.
@@ -60,7 +61,7 @@ impl Cache {
 
     /// A batch that is being written at `offset` of `slot`.
     pub fn add_tail(&mut self, slot: Slot, offset: u32, bytes: Bytes) {
-        if offset == 0 {
+        if offset == 0 && !planted!(CacheOutlivesSlot) {
             self.forget(slot); // the slot begins a new life; what it held before is nobody's
         }
         self.tail_bytes += bytes.len();

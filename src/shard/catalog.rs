@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use rustc_hash::FxHashMap;
 
+use crate::planted::planted;
 use crate::protocol::request::Identity;
 use crate::shard::index::Entry;
 use crate::shard::subscription::{Kind, Subscription};
@@ -361,7 +362,7 @@ impl Catalog {
                 let known = self.topics.get(&id).is_some_and(|t| t.index.get(p.seq).is_some_and(|e| e.refs > 0));
                 if known {
                     self.moved(id, p.seq, at);
-                } else {
+                } else if !planted!(RelocatedForgotten) {
                     self.keep(id, &Stored::of(p, at));
                 }
             }
@@ -375,6 +376,7 @@ impl Catalog {
                 self.create_sub(SubId { vshard, index: *sub }, topic, Kind::of(kind), Qos::AtLeastOnce, *start);
             }
             Record::SubDeleted { sub } => _ = self.delete_sub(SubId { vshard, index: *sub }),
+            Record::Acked { .. } if planted!(AcksForgotten) => {}
             Record::Acked { sub, ranges } => self.replay_acked(SubId { vshard, index: *sub }, ranges),
             Record::Failed { sub, seq, failures } => {
                 if let Some(sub) = self.subs.get_mut(&SubId { vshard, index: *sub }) {
@@ -388,7 +390,8 @@ impl Catalog {
         let Some(topic) = self.subs.get(&id).and_then(|s| self.topics.get(&s.topic)) else { return };
         let mut seqs = Vec::new();
         for (first, last) in ranges {
-            seqs.extend(topic.index.live_from(*first).map(|e| e.seq).take_while(|s| s <= last));
+            let last = if planted!(AckOneTooMany) { last.next() } else { *last };
+            seqs.extend(topic.index.live_from(*first).map(|e| e.seq).take_while(|s| *s <= last));
         }
         for seq in seqs {
             self.finish(id, seq);
@@ -448,7 +451,7 @@ impl Stored {
             published: p.published,
             expires: p.expires,
             not_before: p.not_before,
-            identity: p.identity.map(|i| match i {
+            identity: p.identity.filter(|_| !planted!(DedupForgotten)).map(|i| match i {
                 IdentityRef::MessageId(id) => Identity::MessageId(Bytes::copy_from_slice(id)),
                 IdentityRef::Publisher { id, sequence } => Identity::Publisher { id, sequence },
             }),

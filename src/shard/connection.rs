@@ -16,6 +16,7 @@ use rustc_hash::FxHashMap;
 use crate::access::{Grant, KeyRing};
 use crate::limits;
 use crate::metrics::CoreMetrics;
+use crate::planted::planted;
 use crate::protocol::code;
 use crate::protocol::frame::FrameError;
 use crate::protocol::reply::{Outcome, Reply, Welcome};
@@ -61,6 +62,10 @@ struct Connection {
     /// v1: the PING that waits for them, and how many have not answered.
     barrier: Option<(u64, usize)>,
     timer: Option<Instant>,
+    /// The frame that has begun and is not whole.
+    frame: Option<Frame>,
+    /// To be logged in by then, whatever is tried until then.
+    login_by: Instant,
     /// The AUTH that is first in line has waited its time.
     penalty_served: bool,
     closing: bool,
@@ -75,6 +80,15 @@ enum Stall {
     Room(CoreId),
     /// Too many wrong keys from this address: the AUTH is answered later.
     Penalty,
+}
+
+/// How a frame that has begun comes along.
+#[derive(Debug, Clone, Copy)]
+struct Frame {
+    held: usize,
+    /// When progress was last measured, and what was there.
+    since: Instant,
+    held_then: usize,
 }
 
 #[derive(Debug)]
@@ -113,6 +127,8 @@ pub struct Connections {
     sub_ids: ClientSubIds,
     all: FxHashMap<ConnId, Connection>,
     unauthenticated: usize,
+    /// By origin; none is zero.
+    unauthenticated_from: FxHashMap<IpAddr, usize>,
     forwards: Vec<Forwards>,
     /// Connections that wait for room at a core, in order.
     room_wanted: Vec<VecDeque<ConnId>>,
@@ -129,6 +145,7 @@ impl Connections {
             sub_ids,
             all: FxHashMap::default(),
             unauthenticated: 0,
+            unauthenticated_from: FxHashMap::default(),
             forwards: vec![Forwards::default(); cores],
             room_wanted: vec![VecDeque::new(); cores],
             failures: FxHashMap::default(),
@@ -146,7 +163,20 @@ impl Connections {
 
     // ---- coming and going ---------------------------------------------------------------------------------------
 
+    /// Turned away at once if too many, of all or of its origin, have not logged in: whoever holds all places of one
+    /// address keeps nobody else out.
     pub fn opened(&mut self, id: ConnId, peer: IpAddr, desk: &mut Desk) {
+        let origin = origin(peer);
+        let of_origin = self.unauthenticated_from.get(&origin).copied().unwrap_or_default();
+        if self.unauthenticated >= self.settings.unauthenticated_max
+            || of_origin >= self.settings.unauthenticated_per_address_max
+        {
+            desk.effects.close.push((id, CloseReason::TooManyUnauthenticated));
+            return;
+        }
+        self.unauthenticated += 1;
+        *self.unauthenticated_from.entry(origin).or_default() += 1;
+        let login_by = desk.now.mono + self.settings.auth_deadline;
         let mut connection = Connection {
             peer,
             version: None,
@@ -163,18 +193,25 @@ impl Connections {
             unvouched: BTreeSet::new(),
             barrier: None,
             timer: None,
+            frame: None,
+            login_by,
             penalty_served: false,
             closing: false,
         };
-        self.unauthenticated += 1;
-        if self.unauthenticated > self.settings.unauthenticated_max {
-            connection.closing = true;
-            desk.effects.close.push((id, CloseReason::TooManyUnauthenticated));
-        } else {
-            let deadline = desk.now.mono + self.settings.auth_deadline;
-            desk.timers.set(Timer::Connection(id), &mut connection.timer, Some(deadline));
-        }
+        desk.timers.set(Timer::Connection(id), &mut connection.timer, Some(login_by));
         self.all.insert(id, connection);
+    }
+
+    /// One that had not logged in has, or is gone.
+    fn no_longer_unauthenticated(&mut self, peer: IpAddr) {
+        self.unauthenticated -= 1;
+        let origin = origin(peer);
+        if let Some(count) = self.unauthenticated_from.get_mut(&origin) {
+            *count -= 1;
+            if *count == 0 {
+                self.unauthenticated_from.remove(&origin);
+            }
+        }
     }
 
     /// The socket is gone: its subscriptions lose their consumer.
@@ -182,7 +219,7 @@ impl Connections {
         let Some(mut connection) = self.all.remove(&id) else { return };
         desk.timers.set(Timer::Connection(id), &mut connection.timer, None);
         if connection.grant.is_none() {
-            self.unauthenticated -= 1;
+            self.no_longer_unauthenticated(connection.peer);
         }
         let mut subs: Vec<(ClientSub, Sub)> = connection.subs.drain().collect();
         subs.sort_unstable_by_key(|(client, _)| *client);
@@ -193,6 +230,15 @@ impl Connections {
                 self.send(sub.core, ask, desk);
             }
         }
+    }
+
+    /// `held` bytes of a frame are there: a sign of life, and to be watched (`sweep`).
+    pub fn partial(&mut self, id: ConnId, held: usize, desk: &mut Desk) {
+        let Some(connection) = self.all.get_mut(&id) else { return };
+        connection.heard = desk.now.mono;
+        connection.pings = 0;
+        let frame = connection.frame.get_or_insert(Frame { held, since: desk.now.mono, held_then: 0 });
+        frame.held = held;
     }
 
     pub fn bad_frame(&mut self, id: ConnId, error: FrameError, desk: &mut Desk) {
@@ -228,6 +274,7 @@ impl Connections {
         }
         connection.heard = desk.now.mono;
         connection.pings = 0;
+        connection.frame = None;
         if connection.stall.is_some() {
             connection.waiting_bytes += weight(&request);
             connection.waiting.push_back(request);
@@ -269,6 +316,9 @@ impl Connections {
         let Some(connection) = self.all.get_mut(&id) else { return };
         if connection.paused {
             connection.paused = false;
+            if planted!(ResumeForgotten) {
+                return;
+            }
             desk.effects.resume_reading.push(id);
         }
     }
@@ -362,8 +412,9 @@ impl Connections {
         match grant {
             Some(grant) => {
                 connection.grant = Some(grant);
-                self.unauthenticated -= 1;
+                let peer = connection.peer;
                 desk.timers.set(Timer::Connection(id), &mut connection.timer, None);
+                self.no_longer_unauthenticated(peer);
                 let reply = match version {
                     Version::V1 => Reply::AckV1 { cid, id: 0 },
                     Version::V2 => Reply::Ok { cid },
@@ -373,8 +424,12 @@ impl Connections {
             None => {
                 let peer = connection.peer;
                 desk.metrics.auth_failures += 1;
-                self.spend_token(peer, desk.now.mono);
-                tracing::warn!(%peer, conn = %id, "wrong API key");
+                // Not a line for each: whoever guesses must not fill the log either.
+                match self.spend_token(peer, desk.now.mono) {
+                    0 => {}
+                    1 => tracing::warn!(%peer, conn = %id, "wrong API key; the next ones are answered late"),
+                    _ => tracing::warn!(%peer, conn = %id, "wrong API key"),
+                }
                 fault(id, version, cid, code::INVALID_KEY, desk);
             }
         }
@@ -386,7 +441,9 @@ impl Connections {
         let connection = self.all.get_mut(&id)?;
         let version = connection.version.unwrap_or(Version::V1);
         match kind {
-            RequestKind::Ping if version == Version::V1 && !connection.unvouched.is_empty() => {
+            RequestKind::Ping
+                if version == Version::V1 && !connection.unvouched.is_empty() && !planted!(PongAtOnce) =>
+            {
                 // v1 confirms neither publishes nor acknowledgements; a PONG at least comes after they are safe.
                 let cores = std::mem::take(&mut connection.unvouched);
                 connection.barrier = Some((cid, cores.len()));
@@ -554,7 +611,8 @@ impl Connections {
     }
 
     fn core_of(&self, topic: &[u8]) -> CoreId {
-        vshard_of(topic, &self.settings.dead_letter_suffix, self.settings.vshards).core(self.settings.cores)
+        let vshards = if planted!(RoutingByCores) { self.settings.cores } else { self.settings.vshards };
+        vshard_of(topic, &self.settings.dead_letter_suffix, vshards).core(self.settings.cores)
     }
 
     /// Hands `ask` to the topic's core: this one, or by the ring. Room is only waited for by publishes; what else a client
@@ -726,29 +784,49 @@ impl Connections {
         if connection.stall == Some(Stall::Penalty) {
             connection.stall = None;
             connection.penalty_served = true;
-            let deadline = desk.now.mono + self.settings.auth_deadline;
-            desk.timers.set(Timer::Connection(id), &mut connection.timer, Some(deadline));
             self.go_on(id, desk);
-        } else if connection.grant.is_none() && !connection.closing {
+        }
+        let Some(connection) = self.all.get_mut(&id) else { return };
+        if connection.grant.is_some() || connection.closing {
+            return;
+        }
+        // A penalty takes no place beyond the deadline: it ends at the first answer after it.
+        if desk.now.mono >= connection.login_by {
             connection.closing = true;
+            desk.timers.set(Timer::Connection(id), &mut connection.timer, None);
             desk.effects.close.push((id, CloseReason::AuthDeadline));
+        } else if connection.stall != Some(Stall::Penalty) {
+            desk.timers.set(Timer::Connection(id), &mut connection.timer, Some(connection.login_by));
         }
     }
 
-    /// Once a second: pings v2 clients that have been silent, closes those that stay so.
+    /// Once a second: pings v2 clients that have been silent, closes those that stay so, and those whose frame does not
+    /// come along.
     pub fn sweep(&mut self, desk: &mut Desk) {
-        if desk.now.mono < self.next_sweep || self.settings.keepalive == Duration::ZERO {
+        if desk.now.mono < self.next_sweep {
             return;
         }
         self.next_sweep = desk.now.mono + Duration::from_secs(1);
-        let mut silent = Vec::new();
-        for (id, connection) in &mut self.all {
+        let Settings { keepalive, frame_timeout, .. } = *self.settings;
+        let (mut silent, mut slow) = (Vec::new(), Vec::new());
+        for (id, connection) in self.all.iter_mut().filter(|(_, c)| c.grant.is_some() && !c.closing) {
+            if connection.frame_is_slow(desk.now.mono, frame_timeout) {
+                slow.push(*id);
+                continue;
+            }
             let quiet = desk.now.mono - connection.heard;
-            let due = self.settings.keepalive.saturating_mul(u64::from(connection.pings) + 1);
-            if connection.version == Some(Version::V2) && connection.grant.is_some() && quiet >= due {
+            let due = keepalive.saturating_mul(u64::from(connection.pings) + 1);
+            if connection.version == Some(Version::V2) && keepalive > Duration::ZERO && quiet >= due {
                 connection.pings += 1;
                 silent.push((*id, connection.pings));
             }
+        }
+        slow.sort_unstable();
+        for id in slow {
+            if let Some(connection) = self.all.get_mut(&id) {
+                connection.closing = true;
+            }
+            desk.effects.close.push((id, CloseReason::SlowFrame));
         }
         silent.sort_unstable();
         for (id, pings) in silent {
@@ -767,7 +845,7 @@ impl Connections {
 
     /// Wrong keys this address may still present at once; one more per second.
     fn tokens(&mut self, peer: IpAddr, now: Instant) -> u32 {
-        let Some(failures) = self.failures.get_mut(&peer) else { return limits::AUTH_FAILURES_BURST };
+        let Some(failures) = self.failures.get_mut(&origin(peer)) else { return limits::AUTH_FAILURES_BURST };
         let seconds = (now - failures.refilled).0 / Duration::from_secs(1).0;
         if seconds > 0 {
             failures.tokens = limits::AUTH_FAILURES_BURST.min(failures.tokens.saturating_add(seconds as u32));
@@ -776,7 +854,9 @@ impl Connections {
         failures.tokens
     }
 
-    fn spend_token(&mut self, peer: IpAddr, now: Instant) {
+    /// How many there were.
+    fn spend_token(&mut self, peer: IpAddr, now: Instant) -> u32 {
+        let peer = origin(peer);
         if self.failures.len() >= limits::AUTH_ADDRESSES_MAX && !self.failures.contains_key(&peer) {
             self.failures.retain(|_, f| (now - f.refilled).0 < Duration::from_secs(60).0);
             if self.failures.len() >= limits::AUTH_ADDRESSES_MAX {
@@ -785,12 +865,16 @@ impl Connections {
         }
         let failures =
             self.failures.entry(peer).or_insert(Failures { tokens: limits::AUTH_FAILURES_BURST, refilled: now });
-        failures.tokens = failures.tokens.saturating_sub(1);
+        let before = failures.tokens;
+        failures.tokens = before.saturating_sub(1);
+        before
     }
 
     /// What must always be true. O(n): for tests and the simulator.
     pub fn invariants(&self) {
         assert_eq!(self.unauthenticated, self.all.values().filter(|c| c.grant.is_none()).count());
+        assert_eq!(self.unauthenticated, self.unauthenticated_from.values().sum::<usize>());
+        assert!(self.unauthenticated_from.values().all(|count| *count > 0));
         for connection in self.all.values() {
             assert_eq!(connection.waiting_bytes, connection.waiting.iter().map(weight).sum::<usize>());
             assert!(connection.waiting.is_empty() || connection.stall.is_some() || connection.closing);
@@ -806,6 +890,30 @@ impl Connection {
     fn known(&self, sub: ClientSub) -> Option<(CoreId, SubId)> {
         let sub = self.subs.get(&sub)?;
         Some((sub.core, sub.id?))
+    }
+
+    /// It has begun a frame and has brought too little of it for too long. What the broker does not read is no fault of
+    /// the peer's.
+    fn frame_is_slow(&mut self, now: Instant, timeout: Duration) -> bool {
+        let Some(frame) = &mut self.frame else { return false };
+        if self.paused || timeout == Duration::ZERO {
+            frame.since = now;
+        } else if now - frame.since >= timeout {
+            if frame.held - frame.held_then < limits::FRAME_PROGRESS_MIN {
+                return true;
+            }
+            (frame.since, frame.held_then) = (now, frame.held);
+        }
+        false
+    }
+}
+
+/// Who counts as one when places and guesses are counted: an IPv4 address, or an IPv6 network of 64 bits, which is what
+/// one customer gets.
+fn origin(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6((u128::from(address) >> 64 << 64).into()),
+        v4 => v4,
     }
 }
 

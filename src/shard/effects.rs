@@ -48,6 +48,8 @@ pub enum CloseReason {
     SlowConsumer,
     /// No sign of life.
     Silent,
+    /// A frame that has begun does not go on.
+    SlowFrame,
     /// Too many connections that have not logged in.
     TooManyUnauthenticated,
 }

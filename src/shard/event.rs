@@ -20,6 +20,11 @@ pub enum Event {
         conn: ConnId,
         request: Request,
     },
+    /// The peer has begun a frame of which `held` bytes are there. Its end comes as a `Request`.
+    Partial {
+        conn: ConnId,
+        held: usize,
+    },
     /// The peer sent bytes that are no frame. Requests before it came as their own events.
     BadFrame {
         conn: ConnId,

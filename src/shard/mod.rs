@@ -99,6 +99,7 @@ impl Shard {
             Event::Request { conn, request } => {
                 self.with_connections(now, effects, |c, desk| c.on_request(conn, request, desk));
             }
+            Event::Partial { conn, held } => self.with_connections(now, effects, |c, desk| c.partial(conn, held, desk)),
             Event::BadFrame { conn, error } => {
                 self.with_connections(now, effects, |c, desk| c.bad_frame(conn, error, desk));
             }

@@ -51,6 +51,10 @@ pub struct Settings {
     pub entries_max: usize,
     /// Connections of this core that have not logged in.
     pub unauthenticated_max: usize,
+    /// Those of them that come from one address.
+    pub unauthenticated_per_address_max: usize,
+    /// A frame that has begun must bring `FRAME_PROGRESS_MIN` more bytes, or end, within each such time. Zero: never mind.
+    pub frame_timeout: Duration,
     /// Bytes of requests a connection may have read but not yet processed.
     pub connection_bytes: usize,
     /// An idle log gets a last frame that carries the watermark.

@@ -9,6 +9,7 @@
 
 use bytes::Bytes;
 
+use crate::planted::planted;
 use crate::protocol::request::Identity;
 use crate::shard::catalog::{Catalog, NextIds};
 use crate::shard::ranges::Ranges;
@@ -19,6 +20,8 @@ use crate::types::{Qos, Seq, SubId, TopicId, VShard};
 use crate::wal::record::KeyId;
 
 const VERSION: u8 = 1;
+/// Numbers given one by one never come near this, so counting on from one cannot overflow.
+const SEQ_MAX: u64 = 1 << 63;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SnapshotError {
@@ -28,6 +31,8 @@ pub enum SnapshotError {
     Version { vshard: u16, version: u8 },
     #[error("the state of virtual shard {vshard} in the checkpoint has an unknown subscription kind {kind}")]
     Kind { vshard: u16, kind: u8 },
+    #[error("the state of virtual shard {vshard} in the checkpoint has {what} before byte {at} that cannot be")]
+    Number { vshard: u16, at: usize, what: &'static str },
 }
 
 /// The state of one virtual shard.
@@ -106,11 +111,11 @@ pub fn decode(catalog: &mut Catalog, vshard: VShard, blob: &[u8], window: Durati
     }
     let ids = NextIds { topic: input.u32("the next topic")?, sub: input.u32("the next subscription")? };
     for _ in 0..input.u32("the topics")? {
-        let id = TopicId { vshard, index: input.u32("a topic's id")? };
+        let id = TopicId { vshard, index: input.id("a topic's id")? };
         let name = Bytes::copy_from_slice(input.bytes("a topic's name")?);
         catalog.create_topic(id, name);
         let Some(topic) = catalog.topics.get_mut(&id) else { continue };
-        topic.next_seq = Seq(input.u64("a topic's sequence")?);
+        topic.next_seq = input.seq("a topic's sequence")?;
         topic.stored = input.u64("a topic's count")?;
         topic.stored_bytes = input.u64("a topic's bytes")?;
         for _ in 0..input.u32("the message ids")? {
@@ -121,12 +126,14 @@ pub fn decode(catalog: &mut Catalog, vshard: VShard, blob: &[u8], window: Durati
         for _ in 0..input.u32("the publishers")? {
             let id = input.u64("a publisher's id")?;
             let seen = WallMs(input.u64("a publisher's time")?);
-            let stored = input.ranges("a publisher's sequences")?;
-            topic.dedup.restore_publisher(id, Publisher { stored, seen });
+            let stored = input.ranges("a publisher's sequences", u64::MAX)?;
+            if !planted!(DedupNotInCheckpoint) {
+                topic.dedup.restore_publisher(id, Publisher { stored, seen });
+            }
         }
     }
     for _ in 0..input.u32("the subscriptions")? {
-        let id = SubId { vshard, index: input.u32("a subscription's id")? };
+        let id = SubId { vshard, index: input.id("a subscription's id")? };
         let topic = TopicId { vshard, index: input.u32("a subscription's topic")? };
         let kind = input.u8("a subscription's kind")?;
         let name = input.bytes("a subscription's name")?;
@@ -136,12 +143,19 @@ pub fn decode(catalog: &mut Catalog, vshard: VShard, blob: &[u8], window: Durati
             (3, _) => Kind::DeadLetters,
             (kind, _) => return Err(SnapshotError::Kind { vshard: vshard.0, kind }),
         };
-        let start = Seq(input.u64("a subscription's start")?.max(1));
+        let start = input.seq("a subscription's start")?;
         let mut sub = Subscription::new(id, topic, kind, Qos::AtLeastOnce, start, 0);
-        sub.floor = Seq(input.u64("a subscription's floor")?);
+        sub.floor = input.seq("a subscription's floor")?;
         sub.stored_before = input.u64("a subscription's beginning")?;
+        if catalog.topics.get(&topic).is_some_and(|topic| topic.stored < sub.stored_before) {
+            return Err(input.cannot_be("a subscription's beginning"));
+        }
         sub.finished = input.u64("a subscription's count")?;
-        sub.done = input.ranges("what a subscription has finished")?;
+        sub.done = input.ranges("what a subscription has finished", SEQ_MAX)?;
+        if planted!(AcksNotInCheckpoint) {
+            sub.finished -= sub.done.iter().map(|(first, last)| last.0 - first.0 + 1).sum::<u64>().min(sub.finished);
+            sub.done.clear();
+        }
         for _ in 0..input.u32("the failed deliveries")? {
             let seq = Seq(input.u64("a failed delivery")?);
             let failures = input.u16("a delivery's failures")?;
@@ -216,15 +230,94 @@ impl<'a> Input<'a> {
         self.take(len as usize, what)
     }
 
-    fn ranges(&mut self, what: &'static str) -> Result<Ranges, SnapshotError> {
+    /// A number of a topic or subscription.
+    fn id(&mut self, what: &'static str) -> Result<u32, SnapshotError> {
+        let id = self.u32(what)?;
+        if id == u32::MAX { Err(self.cannot_be(what)) } else { Ok(id) }
+    }
+
+    /// A message's number, from 1.
+    fn seq(&mut self, what: &'static str) -> Result<Seq, SnapshotError> {
+        let seq = self.u64(what)?;
+        if (1..=SEQ_MAX).contains(&seq) { Ok(Seq(seq)) } else { Err(self.cannot_be(what)) }
+    }
+
+    fn cannot_be(&self, what: &'static str) -> SnapshotError {
+        SnapshotError::Number { vshard: self.vshard, at: self.at, what }
+    }
+
+    /// - `max`: the largest number in them.
+    fn ranges(&mut self, what: &'static str, max: u64) -> Result<Ranges, SnapshotError> {
         let mut ranges = Ranges::default();
         for _ in 0..self.u32(what)? {
             let (first, last) = (self.u64(what)?, self.u64(what)?);
-            if first > last {
-                return Err(SnapshotError::Short { vshard: self.vshard, at: self.at, what });
+            if first > last || last > max {
+                return Err(self.cannot_be(what));
             }
             ranges.insert_range(Seq(first), Seq(last));
         }
         Ok(ranges)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHARD: VShard = VShard(0);
+
+    /// One topic and one subscription, so far as the numbers differ.
+    fn state(topic: u32, next_seq: u64, start: u64, stored_before: u64) -> Vec<u8> {
+        let mut out = vec![VERSION];
+        for number in [1, 1, 1, topic] {
+            put_u32(&mut out, number);
+        }
+        put_bytes(&mut out, b"a");
+        for number in [next_seq, 5, 0] {
+            put_u64(&mut out, number);
+        }
+        for number in [0, 0, 1, 1, topic] {
+            put_u32(&mut out, number);
+        }
+        out.push(1);
+        put_bytes(&mut out, b"name");
+        for number in [start, 1, stored_before, 0] {
+            put_u64(&mut out, number);
+        }
+        put_u32(&mut out, 0);
+        put_u32(&mut out, 0);
+        out
+    }
+
+    fn read(blob: &[u8]) -> Result<Bytes, SnapshotError> {
+        let mut catalog = Catalog::default();
+        decode(&mut catalog, SHARD, blob, Duration::from_millis(1))?;
+        Ok(encode(&catalog, SHARD))
+    }
+
+    /// Found by fuzzing: counting on from such numbers overflowed.
+    #[test]
+    fn numbers_that_nobody_can_have_given_are_refused() {
+        let cases = [
+            (state(u32::MAX, 9, 1, 5), "a topic's id"),
+            (state(1, 0, 1, 5), "a topic's sequence"),
+            (state(1, u64::MAX, 1, 5), "a topic's sequence"),
+            (state(1, 9, 0, 5), "a subscription's start"),
+            (state(1, 9, 1, 6), "a subscription's beginning"),
+        ];
+        for (blob, expected) in cases {
+            let Err(SnapshotError::Number { what, .. }) = read(&blob) else { panic!("{expected} was taken") };
+            assert_eq!(what, expected);
+        }
+    }
+
+    #[test]
+    fn a_state_cut_short_anywhere_is_refused() {
+        let blob = state(1, 9, 1, 5);
+        let read_again = |blob: &[u8]| read(blob).map(|_| ());
+        assert_eq!(read_again(&blob), Ok(()));
+        for len in 1..blob.len() {
+            assert!(matches!(read(&blob[..len]), Err(SnapshotError::Short { .. })), "{len} bytes");
+        }
     }
 }

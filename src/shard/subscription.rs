@@ -10,6 +10,7 @@ use bytes::Bytes;
 use rustc_hash::FxHashMap;
 
 use crate::limits;
+use crate::planted::planted;
 use crate::protocol::reply::Body;
 use crate::protocol::request::{TagRanges, Version};
 use crate::shard::index::Entry;
@@ -391,7 +392,7 @@ impl Subscription {
         let redelivered = self.front.remove(&seq);
         if priority > 0 {
             self.urgent.remove(&(Reverse(priority), seq));
-        } else if !redelivered && seq >= self.next {
+        } else if (!redelivered || planted!(CursorJumps)) && seq >= self.next {
             // One from the front may lie far ahead of the cursor after a restart: what is between is still to come.
             self.next = seq.next();
         }
@@ -423,7 +424,12 @@ impl Subscription {
         let touched = self.touched.remove(&seq)?;
         match touched.state {
             State::InFlight { .. } => self.give_back_credit(touched.last),
-            State::Ready => _ = self.front.remove(&seq),
+            State::Ready => {
+                self.front.remove(&seq);
+                if planted!(CreditTwice) {
+                    self.give_back_credit(touched.last);
+                }
+            }
             State::Delayed { until } => _ = self.delayed.remove(&(until, seq)),
             State::Dying => {}
         }
@@ -608,7 +614,8 @@ impl Subscription {
     pub fn restart_tags(&mut self, topic: &Topic, pending: bool) {
         let newest = if pending { topic.visible.next() } else { topic.next_seq };
         // While something waits, what is stored already may lie behind a QoS0 message that is still to come.
-        let stored = topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(newest, |e| e.seq.min(newest));
+        let stored =
+            topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(newest, |e| e.seq.min(newest));
         let first = self.qos0.front().map_or(stored, |queued| stored.min(queued.seq));
         self.tag_base = first.0 - 1;
         for touched in self.touched.values_mut() {

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use rustc_hash::FxHashMap;
 
 use crate::limits;
+use crate::planted::planted;
 use crate::protocol::request::Identity;
 use crate::shard::index::Index;
 use crate::shard::ranges::Ranges;
@@ -103,6 +104,9 @@ impl Dedup {
         match identity {
             Identity::MessageId(id) => {
                 self.ids.get(id).is_some_and(|at| now.0.saturating_sub(at.0) <= window.as_millis())
+            }
+            Identity::Publisher { id, sequence } if planted!(DedupHighest) => {
+                self.publishers.get(id).is_some_and(|p| p.stored.iter().any(|(_, last)| *sequence <= last.0))
             }
             Identity::Publisher { id, sequence } => {
                 self.publishers.get(id).is_some_and(|p| p.stored.contains(Seq(*sequence)))

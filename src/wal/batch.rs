@@ -17,6 +17,7 @@ use super::format::{
 };
 use super::record::{Record, RecoveryNote};
 use crate::limits::{BATCH_BYTES_MAX, BATCH_BYTES_TARGET, BLOCK};
+use crate::planted::planted;
 use crate::time::WallMs;
 use crate::types::{LogRef, Lsn, Slot, StreamId, VShard};
 
@@ -225,6 +226,9 @@ impl Log {
     pub fn begin_group(&mut self, bytes: usize, class: Class) -> Result<(), AppendError> {
         self.group_left = 0;
         let placed = self.place(bytes, class)?;
+        if planted!(GroupSplit) {
+            return Ok(());
+        }
         self.go_to(placed);
         self.group_left = bytes;
         Ok(())

@@ -25,6 +25,7 @@ use bytes::Bytes;
 
 use super::format::{Segment, StoreId, u16_at, u32_at, u64_at};
 use crate::limits::BLOCK;
+use crate::planted::planted;
 use crate::time::WallMs;
 use crate::types::{Lsn, Slot, StreamId};
 
@@ -184,12 +185,12 @@ impl Checkpoint {
                 break;
             }
             let content = &bytes[4..4 + len];
-            if u32_at(bytes, 0) != crc32c::crc32c_append(header_crc, content) {
+            if u32_at(bytes, 0) != crc32c::crc32c_append(header_crc, content) && !planted!(NoCheckpointCrc) {
                 return Err(CheckpointError::Block { number, block: block as u64 });
             }
             body.extend_from_slice(content);
         }
-        if u32_at(file, 32) != crc32c::crc32c(&body) {
+        if u32_at(file, 32) != crc32c::crc32c(&body) && !planted!(NoCheckpointCrc) {
             return Err(CheckpointError::Whole { number });
         }
         Checkpoint::decode_body(number, Bytes::from(body))
@@ -252,6 +253,11 @@ fn stream_at(entry: &[u8]) -> StreamId {
     StreamId { incarnation: u64_at(entry, 0), core: u16_at(entry, 8) }
 }
 
+/// Which of the two files a checkpoint goes to: the newest one is never written over.
+pub fn file_of(number: u64) -> usize {
+    if planted!(CheckpointInPlace) { 0 } else { (number % 2) as usize }
+}
+
 /// Which of the two files a start uses.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Chosen {
@@ -290,7 +296,8 @@ pub fn choose(a: Option<&[u8]>, b: Option<&[u8]>) -> Result<Chosen, ChooseError>
         (Some(Err(a)), Some(Err(b))) => Err(ChooseError::BothDamaged { a, b }),
         (Some(Ok(a)), Some(Ok(b))) if a.number == b.number => Err(ChooseError::SameNumber(a.number)),
         (Some(Ok(a)), Some(Ok(b))) => {
-            let (newest, older) = if a.number > b.number { (a, b) } else { (b, a) };
+            let a_is_newer = (a.number > b.number) != planted!(OlderCheckpoint);
+            let (newest, older) = if a_is_newer { (a, b) } else { (b, a) };
             Ok(Chosen { checkpoint: Some(newest), fallbacks: 0, held: older.live })
         }
         (Some(Ok(whole)), Some(Err(_))) | (Some(Err(_)), Some(Ok(whole))) => {

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 
+use crate::planted::planted;
 use crate::time::{Duration, Instant};
 use crate::types::{Durability, Lsn};
 
@@ -130,6 +131,7 @@ impl Commit {
     /// Everything up to `upto` is synced.
     pub fn on_synced(&mut self, upto: Lsn, now: Instant) {
         assert!(upto <= self.written, "synced {upto}, written is {}", self.written);
+        let upto = if planted!(SyncCoversLater) { self.written } else { upto };
         self.running = None;
         if upto > self.durable {
             self.durable = upto;
@@ -142,7 +144,8 @@ impl Commit {
                 }
             }
             // The exact age of what is left is not known any more; the age of its write is at least that.
-            self.acked_since = self.unsynced.front().filter(|_| self.acked_writes > 0).map(|front| front.written);
+            let age = |front: &Unsynced| if planted!(IntervalBeginsAnew) { now } else { front.written };
+            self.acked_since = self.unsynced.front().filter(|_| self.acked_writes > 0).map(age);
         }
         if self.durable == self.written && self.unmarked {
             self.quiet_since.get_or_insert(now);
@@ -162,7 +165,7 @@ impl Commit {
 
     /// How durable what `ack_upto` covers is: the least of it.
     pub fn level(&self) -> Durability {
-        if self.acked <= self.durable { Durability::Synced } else { Durability::Written }
+        if self.acked <= self.durable || planted!(LevelOverstated) { Durability::Synced } else { Durability::Written }
     }
 
     pub fn written(&self) -> Lsn {
@@ -222,8 +225,10 @@ impl Commit {
         self.acked = self.acked.max(self.durable);
         while let Some(next) = self.unsynced.get(self.acked_writes).copied() {
             let allowed = match self.policy {
-                FsyncPolicy::Always => false,
+                FsyncPolicy::Always => planted!(ConfirmAtWritten),
+                FsyncPolicy::EveryN(n) if planted!(EveryNForgetsNext) => self.acked_records < u64::from(n),
                 FsyncPolicy::EveryN(n) => self.acked_records + next.records <= u64::from(n),
+                FsyncPolicy::IntervalMs(_) if planted!(IntervalNotEnforced) => true,
                 FsyncPolicy::IntervalMs(ms) => {
                     self.acked_since.is_none_or(|since| now - since < Duration::from_millis(ms))
                 }
@@ -245,8 +250,8 @@ impl Commit {
     fn invariants(&self) {
         assert!(self.durable <= self.written && self.acked <= self.written && self.durable <= self.acked);
         match self.policy {
-            FsyncPolicy::Always => assert!(self.acked == self.durable),
-            FsyncPolicy::EveryN(n) => assert!(self.acked_records <= u64::from(n)),
+            FsyncPolicy::Always => assert!(self.acked == self.durable || planted!(ConfirmAtWritten)),
+            FsyncPolicy::EveryN(n) => assert!(self.acked_records <= u64::from(n) || planted!(EveryNForgetsNext)),
             FsyncPolicy::IntervalMs(_) | FsyncPolicy::None => {}
         }
     }

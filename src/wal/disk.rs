@@ -16,9 +16,11 @@ use bytes::Bytes;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 
+use super::checkpoint;
 use super::recovery::{ReadError, Segments};
 use super::store::{Store, StoreError, io_at};
 use crate::limits::BLOCK;
+use crate::planted::planted;
 use crate::types::Slot;
 
 /// For `custom_flags`.
@@ -108,6 +110,9 @@ pub fn open_slot(wal_dir: &Path, slot: Slot, direct: bool) -> Result<File, Store
 /// reference to that descriptor is gone, and the kernel keeps references for writes in flight even after a kill. `false`:
 /// somebody, or the kernel for somebody dead, still has it.
 pub fn try_lock(fd: &impl AsFd) -> io::Result<bool> {
+    if planted!(IgnoreSegmentLock) {
+        return Ok(true);
+    }
     // A duplicate shares the lock; dropping it does not unlock.
     let file = File::from(fd.as_fd().try_clone_to_owned()?);
     match file.try_lock() {
@@ -288,10 +293,34 @@ pub fn checkpoint_paths(ckpt_dir: &Path) -> [PathBuf; 2] {
     [ckpt_dir.join("ckpt-A"), ckpt_dir.join("ckpt-B")]
 }
 
+/// What the disk has of a checkpoint; `None`: there is no such file. Not what the page cache has: after a failed sync the
+/// kernel calls pages clean that the disk never got, and a start must not build on those (Rebello et al., ATC'20).
+pub fn read_checkpoint(path: &Path, direct: bool) -> io::Result<Option<Vec<u8>>> {
+    let flags = if direct { O_DIRECT } else { 0 };
+    let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let len = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+    let mut out = Vec::with_capacity(len);
+    let mut buffer = AlignedBuf::zeroed(CHUNK);
+    while out.len() < len {
+        match file.read_at(buffer.as_mut_slice(), out.len() as u64) {
+            // It became shorter: what is missing shows when it is decoded.
+            Ok(0) => break,
+            Ok(read) => out.extend_from_slice(&buffer.as_slice()[..read]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Some(out))
+}
+
 /// Writes a checkpoint in place and syncs it. Space is taken before the first byte, so that a full disk leaves the older
 /// checkpoint of this file whole.
 pub fn write_checkpoint(ckpt_dir: &Path, number: u64, bytes: &[u8]) -> Result<(), WriteError> {
-    let path = &checkpoint_paths(ckpt_dir)[(number % 2) as usize];
+    let path = &checkpoint_paths(ckpt_dir)[checkpoint::file_of(number)];
     let is_new = !path.exists();
     let open = || OpenOptions::new().write(true).create(true).truncate(false).open(path);
     let file = open().map_err(|error| match is_no_space(&error) {
@@ -309,6 +338,9 @@ pub fn write_checkpoint(ckpt_dir: &Path, number: u64, bytes: &[u8]) -> Result<()
         true => WriteError::NoSpace(error),
         false => WriteError::Failed(error),
     })?;
+    if planted!(CheckpointNotSynced) {
+        return Ok(());
+    }
     file.sync_all().map_err(WriteError::Failed)?;
     if is_new {
         File::open(ckpt_dir).and_then(|dir| dir.sync_all()).map_err(WriteError::Failed)?;
@@ -382,6 +414,24 @@ pub(super) mod tests {
             buffer.as_mut_slice().fill(7);
             assert!(buffer.as_ref().iter().all(|&byte| byte == 7));
         }
+    }
+
+    #[test]
+    fn a_checkpoint_of_any_length_is_read_off_the_disk() {
+        let dir = scratch("disk-read-checkpoint");
+        let [path, other] = checkpoint_paths(&dir);
+        for len in [0, 1, BLOCK - 1, BLOCK, CHUNK + 5] {
+            let bytes: Vec<u8> = (0..len).map(|n| n as u8).collect();
+            fs::write(&path, &bytes).unwrap();
+            for direct in [false, true] {
+                assert_eq!(
+                    read_checkpoint(&path, direct).unwrap().as_ref(),
+                    Some(&bytes),
+                    "{len} bytes, direct {direct}"
+                );
+            }
+        }
+        assert_eq!(read_checkpoint(&other, true).unwrap(), None);
     }
 
     #[test]

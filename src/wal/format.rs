@@ -38,6 +38,7 @@
 //! pad a frame to whole blocks; they are covered by the length, not by a checksum.
 
 use crate::limits::{BATCH_BYTES_MAX, BLOCK};
+use crate::planted::planted;
 use crate::time::WallMs;
 use crate::types::{Lsn, Slot, StreamId, VShard};
 
@@ -54,6 +55,8 @@ pub const SEGMENT_SIZE_MAX: u32 = 1 << 30;
 
 /// Beyond what any stream reaches; keeps positions far from overflow.
 const SEQUENCE_MAX: u64 = 1 << 32;
+/// Likewise: no position of any segment size reaches it.
+const LSN_MAX: u64 = (SEQUENCE_MAX + 1) * SEGMENT_SIZE_MAX as u64;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"BLIPSEG2";
 const SEGMENT_VERSION: u32 = 1;
@@ -285,7 +288,7 @@ impl FrameHeader {
             return None;
         }
         let sums = FrameSums { header: u32_at(bytes, FRAME_CRC_AT), body: u32_at(bytes, BODY_CRC_AT) };
-        if sums.header != crc32c::crc32c(&bytes[..FRAME_CRC_AT]) {
+        if sums.header != crc32c::crc32c(&bytes[..FRAME_CRC_AT]) && !planted!(NoHeaderCrc) {
             return None;
         }
         let header = FrameHeader {
@@ -309,7 +312,8 @@ impl FrameHeader {
             && header.padded_bytes() == u32_at(bytes, 12)
             && header.sequence <= SEQUENCE_MAX
             && header.durable <= header.prev_end
-            && header.prev_end <= header.lsn;
+            && header.prev_end <= header.lsn
+            && header.lsn.0 <= LSN_MAX;
         sane.then_some((header, sums))
     }
 }
@@ -392,15 +396,17 @@ pub fn classify(block: &[u8], place: &Place) -> Found {
         return if zero { Found::Zero } else { Found::Garbage };
     };
     let segment = &place.segment;
-    if header.store_tag != place.store_tag {
+    if header.store_tag != place.store_tag && !planted!(NoStoreCheck) {
         return Found::Foreign(header);
     }
-    if header.stream != segment.stream || header.sequence != segment.sequence || header.salt != segment.salt {
+    let same_stream = header.stream == segment.stream && header.sequence == segment.sequence || planted!(NoStreamCheck);
+    if !same_stream || header.salt != segment.salt {
         // A frame of this very log that lies in another segment's place was misdirected; which of the two it is
         // makes no difference to the verdict.
         return Found::Stale(header);
     }
-    if header.lsn != place.lsn() || header.padded_bytes() > place.segment_size - place.offset {
+    let in_place = header.lsn == place.lsn() || planted!(NoPositionCheck);
+    if !in_place || header.padded_bytes() > place.segment_size - place.offset {
         return Found::Foreign(header);
     }
     Found::Live(header, sums)
@@ -567,6 +573,21 @@ mod tests {
         let mut nearly_zero = [0; BLOCK];
         nearly_zero[BLOCK - 1] = 1;
         assert_eq!(classify(&nearly_zero, &place()), Found::Garbage);
+    }
+
+    /// Found by fuzzing: the end of such a frame overflowed.
+    #[test]
+    fn a_position_no_stream_reaches_is_not_believed() {
+        let mut header = frame_header();
+        let decoded = |header: &FrameHeader| {
+            let mut frame = vec![0; FRAME_HEADER];
+            header.seal(&mut frame);
+            FrameHeader::decode(&frame).map(|(header, _)| header.end())
+        };
+        (header.sequence, header.lsn) = (SEQUENCE_MAX, lsn(SEQUENCE_MAX, SEGMENT_SIZE_MAX, BLOCK as u32));
+        assert_eq!(decoded(&header), Some(Lsn(header.lsn.0 + BLOCK as u64)));
+        header.lsn = Lsn(u64::MAX);
+        assert_eq!(decoded(&header), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! cores are told so, in the operating system's words, and told again when there is room: a full disk stops publishes, never
 //! the broker. Any other failed write, and every failed sync, ends the process: nobody knows what is on the disk then.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,9 +22,10 @@ use super::batch::{GRANTS_IN_HAND, Grant};
 use super::checkpoint::{Checkpoint, SealedEnd, StreamState, VShardState};
 use super::disk::{self, WriteError, is_no_space};
 use super::record::SealedStream;
-use super::segments::{CoreReport, Policy, Segments};
+use super::segments::{CoreReport, Live, Policy, Segments, UNLISTED_MIN};
 use super::start::RecoveredStore;
 use super::store::{self, Store, StoreError, io_at};
+use crate::planted::planted;
 use crate::time::WallMs;
 use crate::types::{CoreId, Lsn, Slot, StreamId, VShard};
 
@@ -80,6 +81,15 @@ pub struct CoreSnapshot {
     pub wall: WallMs,
 }
 
+/// What recovery has read, as a checkpoint would say it.
+#[derive(Debug)]
+pub struct RecoveredState {
+    /// By number.
+    pub vshards: Vec<VShardState>,
+    /// Every slot with at least one live message.
+    pub live: Vec<(Slot, Live)>,
+}
+
 #[derive(Clone, Debug)]
 pub struct KeeperConfig {
     pub cores: u16,
@@ -95,6 +105,8 @@ pub struct KeeperConfig {
 pub struct KeeperGauges {
     pub slots: AtomicU64,
     pub slots_used: AtomicU64,
+    /// Grants of slots that this run had freed before.
+    pub slots_recycled: AtomicU64,
     pub checkpoints: AtomicU64,
     pub checkpoint_bytes: AtomicU64,
     /// From asking the cores to the end of the sync.
@@ -172,6 +184,8 @@ pub struct Keeper {
     pending: VecDeque<CoreId>,
     /// When slots were given, the newest last.
     given: VecDeque<Instant>,
+    /// Freed in this run, and neither given nor deleted since.
+    freed: BTreeSet<Slot>,
     no_space: bool,
     /// The last checkpoint found no space: nothing can be freed until one does.
     checkpoint_failed: bool,
@@ -207,9 +221,12 @@ impl Drop for AbortOnPanic {
 impl Keeper {
     /// Starts the thread, with slots granted to each core. Too little space for all that are wanted is an error only if a core
     /// could not begin: a full disk must not keep a broker from serving its backlog.
+    ///
+    /// - `state`: asked for only if there is too little space.
     pub fn start(
         store: Arc<Store>,
         recovered: &RecoveredStore,
+        state: &dyn Fn() -> RecoveredState,
         config: KeeperConfig,
     ) -> Result<KeeperHandle, StoreError> {
         let slots_max = (config.disk_quota > 0)
@@ -239,6 +256,7 @@ impl Keeper {
             cores: senders,
             pending: VecDeque::new(),
             given: VecDeque::new(),
+            freed: BTreeSet::new(),
             no_space: false,
             checkpoint_failed: false,
             quota_alarm: false,
@@ -252,7 +270,8 @@ impl Keeper {
             gauges: Arc::clone(&gauges),
             config,
         };
-        let grants = keeper.first_grants()?;
+        let grants =
+            keeper.first_grants(&mut |keeper| keeper.checkpoint_at_start(state(), recovered.recovered.time))?;
         let run = move || {
             let _guard = AbortOnPanic;
             keeper.run(&inbox);
@@ -263,12 +282,22 @@ impl Keeper {
         Ok(KeeperHandle { to_keeper, from_keeper, grants, gauges, thread })
     }
 
-    fn first_grants(&mut self) -> Result<Vec<Vec<Grant>>, StoreError> {
+    /// - `make_room`: called at most once, if a core could not begin.
+    fn first_grants(&mut self, make_room: &mut dyn FnMut(&mut Keeper)) -> Result<Vec<Vec<Grant>>, StoreError> {
         let mut grants = vec![Vec::new(); self.cores.len()];
+        let mut make_room = Some(make_room);
         // One for everybody before a second for anybody.
         for round in 0..GRANTS_PER_CORE {
             for core in (0..self.config.cores).map(CoreId) {
                 let mut granted = self.grant(core);
+                let none = |granted: &io::Result<_>| granted.as_ref().map_or_else(is_no_space, Option::is_none);
+                if round < GRANTS_TO_START
+                    && none(&granted)
+                    && let Some(make_room) = make_room.take()
+                {
+                    make_room(self);
+                    granted = self.grant(core);
+                }
                 if round < GRANTS_TO_START && matches!(granted, Ok(None)) {
                     // The quota is used up, and only a broker that runs can free some of it: publishes will be refused.
                     tracing::warn!(core = core.0, "one segment beyond the disk quota, to be able to start");
@@ -379,9 +408,13 @@ impl Keeper {
         if self.segments.free() == 0 && !self.make()? {
             return Ok(None);
         }
-        let salt = getrandom::u64().map_err(io::Error::other)?;
+        let salt = if planted!(SaltReused) { 1 } else { getrandom::u64().map_err(io::Error::other)? };
         let created = WallMs(store::now_ms());
-        Ok(self.segments.grant(core, salt).map(|slot| Grant { slot, salt, created }))
+        let slot = self.segments.grant(core, salt);
+        if slot.is_some_and(|slot| self.freed.remove(&slot)) {
+            self.gauges.slots_recycled.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(slot.map(|slot| Grant { slot, salt, created }))
     }
 
     /// False: the quota forbids another slot.
@@ -510,7 +543,8 @@ impl Keeper {
         }
     }
 
-    fn delete(&self, slot: Slot) {
+    fn delete(&mut self, slot: Slot) {
+        self.freed.remove(&slot);
         if let Err(error) = disk::delete_slot(&self.store.wal_dir(), slot) {
             fail_stop("deleting a segment", &error);
         }
@@ -595,6 +629,22 @@ impl Keeper {
         }
     }
 
+    /// A broker that is killed on a full disk, and again, leaves a segment each time that holds next to nothing, and no
+    /// checkpoint that says so. Two of them, of what recovery has read, free those before new ones are needed.
+    fn checkpoint_at_start(&mut self, state: RecoveredState, time: WallMs) {
+        tracing::warn!("no space to begin the log; taking a checkpoint first, which may free some");
+        let RecoveredState { vshards, live } = state;
+        self.segments.report(CoreReport { core: CoreId(0), covered: Lsn(0), live, begun: Vec::new() });
+        for _ in 0..UNLISTED_MIN {
+            // No stream of this run has begun: it is the runs before that are covered.
+            if !self.write_checkpoint(Vec::new(), vshards.clone(), time, self.incarnation - 1) {
+                return;
+            }
+        }
+        // The first one of this run is still to come.
+        self.first = true;
+    }
+
     /// Writes what the cores have said. False: there is no space for it; the next cycle tries again.
     fn checkpoint(&mut self, snapshots: Vec<CoreSnapshot>) -> bool {
         let mut streams = Vec::new();
@@ -616,6 +666,17 @@ impl Keeper {
             time = time.max(wall);
             self.segments.report(report);
         }
+        self.write_checkpoint(streams, vshards, time, self.incarnation)
+    }
+
+    /// - `streams`: of this run; those before that are still needed are added.
+    fn write_checkpoint(
+        &mut self,
+        mut streams: Vec<StreamState>,
+        vshards: Vec<VShardState>,
+        time: WallMs,
+        incarnation: u64,
+    ) -> bool {
         let live = self.segments.to_list();
         self.sealed.retain(|sealed| live.iter().any(|segment| segment.stream == sealed.stream));
         streams.extend(self.sealed.iter().map(|sealed| StreamState {
@@ -629,7 +690,7 @@ impl Keeper {
             store: self.store.id(),
             segment_size: self.store.segment_size(),
             number,
-            incarnation: self.incarnation,
+            incarnation,
             time,
             streams,
             live,
@@ -663,6 +724,7 @@ impl Keeper {
             tracing::debug!(number, freed = freed.len(), "segments freed");
             self.retry_at = None;
         }
+        self.freed.extend(freed);
         self.tell_all(&ToCore::Checkpointed { number });
         true
     }
@@ -689,18 +751,20 @@ impl Keeper {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::fs;
     use std::path::PathBuf;
 
     use super::*;
     use crate::wal::disk::tests::scratch;
     use crate::wal::format::Segment;
-    use crate::wal::segments::Live;
     use crate::wal::store::tests::options;
 
     const SIZE: u64 = store::SEGMENT_SIZE_MIN as u64;
     const DEADLINE: Duration = Duration::from_secs(30);
+
+    fn no_state() -> RecoveredState {
+        RecoveredState { vshards: Vec::new(), live: Vec::new() }
+    }
 
     /// A core as the keeper sees it.
     struct FakeCore {
@@ -778,7 +842,7 @@ mod tests {
     fn start_in(dir: PathBuf, disk_quota: u64) -> (Arc<Store>, KeeperHandle, FakeCore) {
         let store = Arc::new(Store::open(&options(dir)).unwrap());
         let config = KeeperConfig { cores: 1, spare: 1, disk_quota, checkpoint_interval: Duration::from_millis(5) };
-        let handle = Keeper::start(Arc::clone(&store), &RecoveredStore::empty(), config).unwrap();
+        let handle = Keeper::start(Arc::clone(&store), &RecoveredStore::empty(), &no_state, config).unwrap();
         let core = FakeCore {
             to_keeper: handle.to_keeper.clone(),
             inbox: handle.from_keeper[0].clone(),
@@ -818,6 +882,7 @@ mod tests {
             seen.push(core.want());
         }
         assert_ne!(seen.last().unwrap().salt, grants[0].salt);
+        assert_eq!(handle.gauges.slots_recycled.load(Ordering::Relaxed), 1);
         assert!(seen.iter().all(|grant| grant.slot != grants[1].slot));
         assert!(core.stop());
         handle.thread.join().unwrap();
@@ -928,7 +993,7 @@ mod tests {
         let store = Arc::new(Store::open(&options(scratch("keeper-small"))).unwrap());
         let config =
             KeeperConfig { cores: 2, spare: 1, disk_quota: 6 * SIZE, checkpoint_interval: Duration::from_millis(5) };
-        let error = Keeper::start(store, &RecoveredStore::empty(), config).unwrap_err();
+        let error = Keeper::start(store, &RecoveredStore::empty(), &no_state, config).unwrap_err();
         assert_eq!(error.exit_code(), 78);
         assert!(error.to_string().contains("at least 7 segments"), "{error}");
     }

@@ -13,9 +13,10 @@ use super::commit::{Commit, FsyncPolicy};
 use super::format::{FRAME_HEADER, FrameHeader, Segment, StoreId};
 use super::record::{Published, Record, RecoveryNote, published_body};
 use super::recovery::{
-    Entry, Flaw, Mode, ReadError, Recovered, RecoveryError, Segments, StoreShape, recover, recover_flawed,
+    Entry, Mode, ReadError, Recovered, RecoveryError, Segments, StoreShape, recover, recover_flawed,
 };
 use crate::limits::BLOCK;
+use crate::planted;
 use crate::time::{Instant, WallMs};
 use crate::types::{LogRef, Lsn, Seq, Slot, StreamId, VShard};
 
@@ -42,7 +43,7 @@ impl Rng {
 /// A mistake to plant.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Bug {
-    In(Flaw),
+    In(planted::Bug),
     /// Acknowledges what was only appended.
     AckBeforeWrite,
     /// Under `always`, acknowledges what was only written.
@@ -303,7 +304,7 @@ impl World {
         }
     }
 
-    fn flaw(&self) -> Option<Flaw> {
+    fn flaw(&self) -> Option<planted::Bug> {
         match self.bug {
             Some(Bug::In(flaw)) => Some(flaw),
             _ => None,
@@ -1026,11 +1027,11 @@ fn damage_is_never_silent_while_a_witness_survives() {
 #[test]
 fn every_planted_mistake_is_caught() {
     let bugs = [
-        (Bug::In(Flaw::SkipChain), false),
-        (Bug::In(Flaw::NoBodyCrc), false),
-        (Bug::In(Flaw::ZeroIsEnd), true),
-        (Bug::In(Flaw::IgnoreWatermark), true),
-        (Bug::In(Flaw::ScanOneSegment), true),
+        (Bug::In(planted::Bug::NoChainCheck), false),
+        (Bug::In(planted::Bug::NoBodyCrc), false),
+        (Bug::In(planted::Bug::ZeroIsEnd), true),
+        (Bug::In(planted::Bug::NoWatermark), true),
+        (Bug::In(planted::Bug::ScanOneSegment), true),
         (Bug::AckBeforeWrite, false),
         (Bug::AckBeforeSync, false),
         (Bug::SyncCoversLater, false),

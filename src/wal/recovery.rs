@@ -15,6 +15,7 @@ use super::format::{
 };
 use super::record::{Discarded, Record, RecordError, RecoveryNote, SealedStream};
 use crate::limits::BLOCK;
+use crate::planted::{Bug, is, planted};
 use crate::time::WallMs;
 use crate::types::{LogRef, Lsn, Slot, StreamId, VShard};
 
@@ -98,6 +99,9 @@ pub struct Recovered {
 impl Recovered {
     /// The first frame of the new streams.
     pub fn note(&self) -> RecoveryNote {
+        if planted!(NoOpeningNote) {
+            return RecoveryNote::default();
+        }
         RecoveryNote { sealed: self.sealed.clone() }
     }
 }
@@ -193,29 +197,13 @@ pub fn recover<S: Segments + ?Sized>(
     Recovery::new(*shape, segments, checkpoint, mode, visit).run()
 }
 
-/// Mistakes that the model plants to see that it would notice them.
-#[cfg(test)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Flaw {
-    /// Does not ask whether a frame continues the one before.
-    SkipChain,
-    /// Zeros end the log.
-    ZeroIsEnd,
-    /// Whatever is not live ends the log.
-    IgnoreWatermark,
-    NoBodyCrc,
-    /// Looks for witnesses in the segment at hand only.
-    ScanOneSegment,
-    /// Takes frames of another use of the slot.
-    IgnoreSalt,
-}
-
+/// With a mistake that the model plants, to see that it would notice it.
 #[cfg(test)]
 pub(super) fn recover_flawed<S: Segments + ?Sized>(
     shape: &StoreShape,
     segments: &S,
     checkpoint: Option<&Checkpoint>,
-    flaw: Option<Flaw>,
+    flaw: Option<Bug>,
     visit: &mut dyn FnMut(Entry<'_>),
 ) -> Result<Recovered, RecoveryError> {
     let mut recovery = Recovery::new(*shape, segments, checkpoint, Mode::Strict, visit);
@@ -271,7 +259,7 @@ struct Recovery<'a, S: ?Sized> {
     others: Vec<(Slot, Option<SegmentHeader>)>,
     out: Recovered,
     #[cfg(test)]
-    flaw: Option<Flaw>,
+    flaw: Option<Bug>,
 }
 
 impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
@@ -312,6 +300,8 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
         self.out.clean = clean.is_some_and(|(_, all)| all);
         let live: BTreeSet<Slot> = self.out.live.iter().map(|segment| segment.slot).collect();
         self.out.free.retain(|slot| !live.contains(slot));
+        // Also where the log had ended before: a start would stop at each of them.
+        self.out.damage.extend(self.reader.unread.into_iter().map(RecoveryError::Read));
         Ok(self.out)
     }
 
@@ -355,7 +345,7 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
                     self.fail(RecoveryError::Version { slot, version })?;
                     continue;
                 }
-                HeaderBlock::Whole(header) if header.store != self.shape.store => {
+                HeaderBlock::Whole(header) if header.store != self.shape.store && !planted!(NoStoreCheck) => {
                     self.fail(RecoveryError::ForeignSlot { slot })?;
                     continue;
                 }
@@ -371,7 +361,9 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
                 self.others.push((slot, None));
                 continue;
             };
-            self.out.incarnation_max = self.out.incarnation_max.max(header.stream.incarnation);
+            if !planted!(IncarnationReused) {
+                self.out.incarnation_max = self.out.incarnation_max.max(header.stream.incarnation);
+            }
             self.out.time = self.out.time.max(header.created);
             let segment = Segment { stream: header.stream, sequence: header.sequence, slot, salt: header.salt };
             if self.is_freed(&segment) {
@@ -418,7 +410,7 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
             let from = lsn(segment.sequence, size, 0);
             let plan = self.plan(segment.stream);
             let to = plan.durable.min(lsn(segment.sequence.saturating_add(1), size, 0));
-            if to <= from || plan.segments.get(&segment.sequence) == Some(segment) {
+            if to <= from || plan.segments.get(&segment.sequence) == Some(segment) || planted!(MissingUnnoticed) {
                 continue;
             }
             self.fail(RecoveryError::Corrupt(Box::new(Damage {
@@ -558,22 +550,17 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
                 at = Cursor { sequence: at.sequence + 1, offset: BLOCK as u32, ..at };
                 continue;
             }
-            #[cfg(test)]
-            if self.flaw == Some(Flaw::ZeroIsEnd) && class == BytesClass::Zero {
-                durable = Lsn(0);
-            }
             let tail = match scanned {
                 Some(tail) => tail,
                 None => self.scan(plan, &at)?,
             };
             scanned = Some(tail);
             durable = durable.max(tail.durable);
-            #[cfg(test)]
-            if matches!(
-                (self.flaw, class),
-                (Some(Flaw::IgnoreWatermark), _) | (Some(Flaw::ZeroIsEnd), BytesClass::Zero)
-            ) {
+            if self.has(Bug::NoWatermark) || (class == BytesClass::Zero && self.has(Bug::ZeroIsEnd)) {
                 durable = Lsn(0);
+            }
+            if planted!(TruncateOffByOne) {
+                durable = Lsn(durable.0.saturating_sub(BLOCK as u64));
             }
             let must_reach = plan.sealed.map_or(durable, |sealed| sealed.end);
             if at.end >= must_reach {
@@ -657,11 +644,17 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
 
     /// Whether `header` says that it comes right after the frame before the cursor.
     fn follows(&self, header: &FrameHeader, at: &Cursor) -> bool {
+        let follows = |chain| header.prev_end == at.end && header.prev_chain == chain;
+        at.chain.is_none_or(follows) || self.has(Bug::NoChainCheck)
+    }
+
+    /// Whether this mistake is planted: by the model (many of them run at one time), or in the whole process.
+    fn has(&self, bug: Bug) -> bool {
         #[cfg(test)]
-        if self.flaw == Some(Flaw::SkipChain) {
+        if self.flaw == Some(bug) {
             return true;
         }
-        at.chain.is_none_or(|chain| header.prev_end == at.end && header.prev_chain == chain)
+        is(bug)
     }
 
     /// A live frame with an undamaged body, wherever the log before it ends.
@@ -677,11 +670,7 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
             return Ok(Look::Not(if unreadable { BytesClass::Unreadable } else { found.class() }));
         };
         let frame = self.reader.get(segment.slot, offset, header.frame_bytes)?;
-        #[cfg(test)]
-        if self.flaw == Some(Flaw::NoBodyCrc) {
-            return Ok(Look::Frame(header, sums, frame));
-        }
-        if !sums.body_matches(&frame[FRAME_HEADER..]) {
+        if !sums.body_matches(&frame[FRAME_HEADER..]) && !self.has(Bug::NoBodyCrc) {
             return Ok(Look::Not(BytesClass::Torn));
         }
         Ok(Look::Frame(header, sums, frame))
@@ -689,8 +678,9 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
 
     fn classify(&self, block: &[u8], place: &Place) -> Found {
         let found = classify(block, place);
-        #[cfg(test)]
-        if let (Some(Flaw::IgnoreSalt), Found::Stale(header)) = (self.flaw, found) {
+        if let Found::Stale(header) = found
+            && self.has(Bug::NoSaltCheck)
+        {
             let mut place = *place;
             place.segment.salt = header.salt;
             return classify(block, &place);
@@ -714,8 +704,7 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
     fn scan(&mut self, plan: &Plan, at: &Cursor) -> Result<Tail, RecoveryError> {
         let mut tail = Tail::default();
         for (&sequence, &segment) in plan.segments.range(at.sequence..) {
-            #[cfg(test)]
-            if self.flaw == Some(Flaw::ScanOneSegment) && sequence > at.sequence {
+            if sequence > at.sequence && self.has(Bug::ScanOneSegment) {
                 break;
             }
             let from = if sequence == at.sequence { at.offset } else { BLOCK as u32 };
@@ -764,7 +753,9 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
         frame: &Bytes,
         walked: &mut Walked,
     ) -> Result<(), RecoveryError> {
-        self.out.time = self.out.time.max(header.time);
+        if !planted!(TimeForgotten) {
+            self.out.time = self.out.time.max(header.time);
+        }
         walked.frames += 1;
         walked.records += u64::from(header.records);
         walked.clean = header.kind == FrameKind::Clean;
@@ -828,7 +819,7 @@ impl<'a, S: Segments + ?Sized> Recovery<'a, S> {
             return Ok(matches!(record, Record::Published(_)));
         }
         let expected = self.out.last_index[nth].saturating_add(1);
-        if index != expected {
+        if index != expected && !planted!(IndexGapUnnoticed) {
             self.fail(RecoveryError::IndexGap { vshard, expected, found: index, stream, frame })?;
         }
         self.out.last_index[nth] = index.max(expected - 1);
@@ -904,12 +895,14 @@ struct Reader<'a, S: ?Sized> {
     piece: Bytes,
     /// Blocks that a salvage could not read and took for zeros.
     unreadable: BTreeSet<(Slot, u32)>,
+    /// And why.
+    unread: Vec<ReadError>,
 }
 
 impl<'a, S: Segments + ?Sized> Reader<'a, S> {
     fn new(segments: &'a S, segment_size: u32, mode: Mode) -> Reader<'a, S> {
-        let unreadable = BTreeSet::new();
-        Reader { segments, segment_size, mode, slot: Slot(0), start: 0, piece: Bytes::new(), unreadable }
+        let (unreadable, unread) = (BTreeSet::new(), Vec::new());
+        Reader { segments, segment_size, mode, slot: Slot(0), start: 0, piece: Bytes::new(), unreadable, unread }
     }
 
     /// `len` bytes; `offset` is a multiple of [`BLOCK`] and the end inside the segment.
@@ -933,14 +926,17 @@ impl<'a, S: Segments + ?Sized> Reader<'a, S> {
             Err(error) => error,
         };
         if self.mode == Mode::Strict {
-            return Err(error);
+            return if planted!(ReadErrorIsEnd) { Ok(Bytes::from(vec![0; len as usize])) } else { Err(error) };
         }
         let mut whole = Vec::with_capacity(len as usize);
         for at in (offset..offset + len).step_by(BLOCK) {
             match self.segments.read(slot, at, BLOCK as u32) {
                 Ok(block) if block.len() == BLOCK => whole.extend_from_slice(&block),
-                _ => {
-                    self.unreadable.insert((slot, at));
+                other => {
+                    if self.unreadable.insert((slot, at)) {
+                        let reason = other.err().map_or_else(|| error.reason.clone(), |error| error.reason);
+                        self.unread.push(ReadError { slot, offset: at, len: BLOCK as u32, reason });
+                    }
                     whole.resize(whole.len() + BLOCK, 0);
                 }
             }
@@ -1118,7 +1114,7 @@ mod tests {
         let (recovered, seen) = strict(&disk).unwrap();
         assert_eq!((seen.len(), recovered.sealed[0].class), (1, BytesClass::Stale));
         // Without the salt, the third frame of the first use would look like a witness.
-        let flawed = recover_flawed(&shape(), &disk, None, Some(Flaw::IgnoreSalt), &mut |_| ());
+        let flawed = recover_flawed(&shape(), &disk, None, Some(Bug::NoSaltCheck), &mut |_| ());
         assert!(matches!(flawed, Err(RecoveryError::Corrupt(_))), "{flawed:?}");
     }
 
@@ -1164,6 +1160,9 @@ mod tests {
             let bad = Bad(sample(), Slot(2), block * BLOCK as u32);
             let refused = recover(&shape(), &bad, None, Mode::Strict, &mut |_| ());
             assert!(matches!(refused, Err(RecoveryError::Read(_))), "block {block}: {refused:?}");
+            // Found by fuzzing: behind the last frame a salvage passed over it, and `wal verify` called such a store whole.
+            let salvaged = recover(&shape(), &bad, None, Mode::Salvage, &mut |_| ()).unwrap();
+            assert!(salvaged.damage.iter().any(|damage| matches!(damage, RecoveryError::Read(_))), "block {block}");
         }
         let bad = Bad(sample(), Slot(1), 2 * BLOCK as u32);
         let mut seen = Vec::new();

@@ -16,6 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::format::Segment;
+use crate::planted::planted;
 use crate::types::{CoreId, Lsn, Slot, StreamId};
 
 /// What one core still refers to in one slot.
@@ -76,7 +77,7 @@ const RELOCATE_AGAIN_AFTER: u64 = 60;
 /// Slots being emptied at one time.
 const RELOCATIONS_MAX: usize = 2;
 /// Checkpoints that must not list a slot before it is free: both files recovery may start from.
-const UNLISTED_MIN: u8 = 2;
+pub(super) const UNLISTED_MIN: u8 = 2;
 
 #[derive(Debug)]
 pub struct Segments {
@@ -151,7 +152,8 @@ impl Segments {
 
     /// The slots the next checkpoint must list. Valid if every core has reported in this run.
     pub fn to_list(&self) -> Vec<Segment> {
-        self.streams().values().flat_map(|segments| self.needed_end(segments)).copied().collect()
+        let listed = |by: &&Segment| !planted!(GapsInStream) || self.is_needed(by);
+        self.streams().values().flat_map(|segments| self.needed_end(segments)).filter(listed).copied().collect()
     }
 
     /// The segments in use, by stream, in order.
@@ -175,14 +177,15 @@ impl Segments {
     }
 
     fn is_needed(&self, by: &Segment) -> bool {
-        !self.is_covered(by) || self.live_in(by.slot).records > 0
+        !self.is_covered(by) || (self.live_in(by.slot).records > 0 && !planted!(FreeWithLive))
     }
 
     /// Whether a snapshot taken by now holds all of this segment. Earlier runs' streams are in every snapshot of this one.
     fn is_covered(&self, by: &Segment) -> bool {
         by.stream.incarnation != self.incarnation || {
             let covered = self.covered[usize::from(by.stream.core)];
-            (by.sequence + 1).saturating_mul(u64::from(self.policy.segment_size)) <= covered.0
+            let end = if planted!(FreeUncovered) { by.sequence } else { by.sequence + 1 };
+            end.saturating_mul(u64::from(self.policy.segment_size)) <= covered.0
         }
     }
 
@@ -206,13 +209,14 @@ impl Segments {
                 State::Free | State::Granted { .. } => continue,
             };
             *unlisted = if listed.contains(&slot) { 0 } else { *unlisted + 1 };
-            if *unlisted >= UNLISTED_MIN {
+            if *unlisted >= if planted!(FreeAfterOne) { 1 } else { UNLISTED_MIN } {
                 *state = State::Free;
                 freed.push(slot);
             }
         }
         for slot in &freed {
-            assert_eq!(self.live_in(*slot), Live::default(), "{slot:?} is freed, but has live messages");
+            let dead = self.live_in(*slot) == Live::default() || planted!(FreeWithLive);
+            assert!(dead, "{slot:?} is freed, but has live messages");
             self.relocating.remove(slot);
             self.asked.remove(slot);
         }

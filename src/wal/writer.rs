@@ -1,7 +1,7 @@
 //! O_DIRECT write, then sync, then "durable up to", in that order.
 //!
 //! Owns: the open files of one core's stream, each locked on its own descriptor: while a write of this process can still
-//! land, nobody else may read the slot (DURABILITY 0, point 9). Never: retries; after a failed write or sync nobody knows
+//! land, nobody else may read the slot (DURABILITY 0, point 9). Never: writes or syncs again what failed; nobody knows then
 //! what is on the disk, and the process ends.
 
 use std::cell::RefCell;
@@ -12,9 +12,11 @@ use std::time::Duration;
 use glommio::io::{DmaFile, OpenOptions};
 use rustc_hash::FxHashMap;
 
+use crate::planted::planted;
 use crate::types::Slot;
 use crate::wal::batch::Write;
 use crate::wal::disk;
+use crate::wal::reader::{OPEN_ATTEMPTS, OPEN_RETRY, is_out_of_descriptors, open_patiently};
 
 #[derive(Debug, thiserror::Error)]
 pub enum WriteFailed {
@@ -63,10 +65,10 @@ impl Writer {
         let shown = path.display().to_string();
         let mut options = OpenOptions::new();
         options.read(true).write(true);
-        if self.dsync {
+        if self.dsync && !planted!(SkipSync) {
             options.custom_flags(nix::libc::O_DSYNC);
         }
-        let file = match options.dma_open(&path).await {
+        let file = match open_patiently(&path, async || options.dma_open(&path).await).await {
             Ok(file) => file,
             Err(error) => return Err(WriteFailed::Open { path: shown, reason: error.to_string() }),
         };
@@ -79,6 +81,10 @@ impl Writer {
                 Ok(true) => break,
                 Ok(false) if attempt < LOCK_ATTEMPTS => glommio::timer::sleep(LOCK_RETRY).await,
                 Ok(false) => return Err(WriteFailed::Locked { path: shown }),
+                // A lock wants a descriptor, too.
+                Err(error) if attempt < OPEN_ATTEMPTS && is_out_of_descriptors(error.raw_os_error()) => {
+                    glommio::timer::sleep(OPEN_RETRY).await;
+                }
                 Err(error) => return Err(WriteFailed::Open { path: shown, reason: error.to_string() }),
             }
         }
@@ -116,10 +122,17 @@ impl Writer {
 
     /// Syncs everything written before the call.
     pub async fn sync(&self) -> Result<(), WriteFailed> {
-        let dirty = std::mem::take(&mut *self.dirty.borrow_mut());
+        let mut dirty = std::mem::take(&mut *self.dirty.borrow_mut());
+        if planted!(SkipSync) {
+            dirty.clear();
+        } else if planted!(SyncForgetsOldSegment) {
+            dirty.drain(..dirty.len().saturating_sub(1));
+        }
         for slot in &dirty {
             let file = self.open(*slot).await?;
-            if let Err(error) = file.fdatasync().await {
+            if let Err(error) = file.fdatasync().await
+                && (!planted!(SyncRetried) || file.fdatasync().await.is_err())
+            {
                 let path = disk::slot_path(&self.wal_dir, *slot).display().to_string();
                 return Err(WriteFailed::Sync { path, reason: error.to_string() });
             }

@@ -93,6 +93,8 @@ impl Plan {
             cache_bytes: 1 << 20,
             entries_max: 100_000,
             unauthenticated_max: 1000,
+            unauthenticated_per_address_max: 1000,
+            frame_timeout: Duration::from_secs(30),
             connection_bytes: 1 << 20,
             idle_marker: true,
             ports: Vec::new(),
@@ -300,10 +302,14 @@ impl House {
     // ---- clients ------------------------------------------------------------------------------------------------
 
     pub fn open(&mut self, core: usize) -> ConnId {
+        self.open_from(core, IpAddr::V4(Ipv4Addr::LOCALHOST))
+    }
+
+    pub fn open_from(&mut self, core: usize, peer: IpAddr) -> ConnId {
         let serial = self.cores[core].next_conn;
         self.cores[core].next_conn += 1;
         let conn = ConnId::new(CoreId(core as u16), serial);
-        self.event(core, Event::Opened { conn, peer: IpAddr::V4(Ipv4Addr::LOCALHOST) });
+        self.event(core, Event::Opened { conn, peer });
         conn
     }
 

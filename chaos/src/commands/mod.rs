@@ -1,7 +1,13 @@
 //! What the command line asks for: arguments in, a verdict out. One file per command.
 
 pub mod crash;
+pub mod disk;
 pub mod judge;
+pub mod mutants;
+pub mod net;
+pub mod power;
+pub mod record;
+pub mod report;
 pub mod sim;
 
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -120,6 +120,14 @@ struct File {
     durable_len: Option<usize>,
 }
 
+/// A file whose directory is not synced since it was deleted.
+#[derive(Clone, Debug)]
+struct Deleted {
+    id: FileId,
+    file: File,
+    wrong: Vec<(usize, Sector)>,
+}
+
 /// What becomes of a write that was not safe.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Fate {
@@ -132,8 +140,7 @@ enum Fate {
 pub struct SimDisk {
     rng: Rng,
     files: BTreeMap<FileId, File>,
-    /// Deleted; the directory is not synced.
-    limbo: Vec<(FileId, File, Vec<(usize, Sector)>)>,
+    limbo: Vec<Deleted>,
     /// Sectors that are not what was written to them, and what that was.
     wrong: BTreeMap<(FileId, usize), Sector>,
     /// Of a killed process.
@@ -169,7 +176,7 @@ impl SimDisk {
         let file = self.files.remove(&id).unwrap_or_else(|| panic!("{id:?} is not there"));
         let sectors: Vec<usize> = self.wrong_in(id, 0, usize::MAX).collect();
         let wrong = sectors.into_iter().filter_map(|nth| Some((nth, self.wrong.remove(&(id, nth))?))).collect();
-        self.limbo.push((id, file, wrong));
+        self.limbo.push(Deleted { id, file, wrong });
     }
 
     pub fn sync_dir(&mut self) {
@@ -416,7 +423,7 @@ impl SimDisk {
         for id in files {
             self.lose_metadata(id);
         }
-        for (id, file, wrong) in std::mem::take(&mut self.limbo) {
+        for Deleted { id, file, wrong } in std::mem::take(&mut self.limbo) {
             if self.rng.percent(50) && !self.files.contains_key(&id) {
                 self.counts.metadata += 1;
                 self.wrong.extend(wrong.into_iter().map(|(nth, right)| ((id, nth), right)));

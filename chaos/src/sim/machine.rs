@@ -94,14 +94,10 @@ pub enum HostMistake {
     CheckpointUnsynced,
     /// Every checkpoint goes over the one before.
     CheckpointInPlace,
-    /// Clients are served before the opening notes are durable.
-    ServeBeforeOpening,
-    /// A slot's next use has the salt of the last one.
-    ReuseSalt,
 }
 
 impl HostMistake {
-    pub const ALL: [HostMistake; 11] = [
+    pub const ALL: [HostMistake; 9] = [
         HostMistake::SkipSlotLock,
         HostMistake::SkipRecoverySync,
         HostMistake::WrittenWhenSubmitted,
@@ -111,8 +107,6 @@ impl HostMistake {
         HostMistake::IgnoreErrors,
         HostMistake::CheckpointUnsynced,
         HostMistake::CheckpointInPlace,
-        HostMistake::ServeBeforeOpening,
-        HostMistake::ReuseSalt,
     ];
 }
 
@@ -146,6 +140,8 @@ impl Plan {
             cache_bytes: 1 << 20,
             entries_max: 100_000,
             unauthenticated_max: 1000,
+            unauthenticated_per_address_max: 1000,
+            frame_timeout: Duration::from_secs(30),
             connection_bytes: 1 << 20,
             idle_marker: true,
             ports: Vec::new(),

@@ -332,6 +332,8 @@ fn settings(rng: &mut Rng) -> Settings {
         cache_bytes: *rng.pick(&[4_096, 65_536, 1 << 20]),
         entries_max: *rng.pick(&[100_000, 100_000, 100_000, 60]),
         unauthenticated_max: 1_000,
+        unauthenticated_per_address_max: 10_000,
+        frame_timeout: Duration::ZERO,
         connection_bytes: *rng.pick(&[600, 1 << 20]),
         idle_marker: rng.percent(90),
         ports: Vec::new(),

@@ -62,6 +62,7 @@ impl Topics {
             AckAnswer::Confirm { cid } if known == 0 => {
                 turn.tell(Tell::Error { conn, cid, code: code::UNKNOWN, text: UNKNOWN_TAG });
             }
+            AckAnswer::Confirm { cid } if planted!(AckConfirmedEarly) => turn.tell(Tell::Ok { conn, cid }),
             AckAnswer::Confirm { cid } => self.ack_answers.push((id, conn, cid)),
             AckAnswer::None => {}
         }
@@ -108,7 +109,7 @@ impl Topics {
             None if !v1 => sub.delay(seq, turn.now.mono + backed_off(backoff, failures)),
             _ => sub.requeue(seq),
         }
-        if sub.kind.is_logged() {
+        if sub.kind.is_logged() && !planted!(RetriesForgotten) {
             let record = Record::Failed { sub: id.index, seq, failures };
             // Not logged for want of space: after a restart it is tried once more.
             _ = self.append(id.vshard, &record, Class::Control, turn.now.wall);

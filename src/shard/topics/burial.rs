@@ -17,7 +17,7 @@ impl Topics {
             let suffix = &self.settings.dead_letter_suffix;
             // Nobody could subscribe to a topic of a longer name than that.
             let has_name = !suffix.is_empty() && topic.name.len() + suffix.len() <= limits::TOPIC_NAME_MAX;
-            if !self.settings.dead_letter || !has_name {
+            if !self.settings.dead_letter || !has_name || planted!(DeadLetterDropped) {
                 self.pop_dying(id);
                 self.finish(id, seq, true);
                 turn.metrics.lost.add(Loss::RetriesExhausted, 1);

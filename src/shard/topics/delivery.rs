@@ -89,7 +89,7 @@ impl Topics {
                     deliver(sub, topic, index, message, turn);
                 }
                 Pick::Stored(entry) => {
-                    if entry.expires.0 != 0 && entry.expires <= turn.now.wall {
+                    if entry.expires.0 != 0 && entry.expires <= turn.now.wall && !planted!(ExpiredDelivered) {
                         if self.finish(id, entry.seq, false) {
                             turn.metrics.lost.add(Loss::Expired, 1);
                         }
@@ -109,7 +109,7 @@ impl Topics {
                         Version::V2 => consumer.ack_timeout,
                     };
                     let attempt = sub.deliver(entry.seq, entry.priority, index, turn.now.mono + timeout);
-                    let redelivered = attempt > 1 || entry.seq < topic.recovered;
+                    let redelivered = attempt > 1 || (entry.seq < topic.recovered && !planted!(RecoveredUnflagged));
                     if attempt > 1 {
                         turn.metrics.redelivered += 1;
                     }
@@ -192,7 +192,9 @@ impl Topics {
         if let Some(sub) = self.catalog.subs.get_mut(&id) {
             sub.reading = false;
             self.look_after(id, turn);
-            self.settle_polls(id, turn);
+            if !planted!(PollNeverSettled) {
+                self.settle_polls(id, turn);
+            }
         }
     }
 }

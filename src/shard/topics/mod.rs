@@ -21,6 +21,7 @@ use rustc_hash::FxHashMap;
 
 use crate::limits;
 use crate::metrics::{CoreMetrics, Loss};
+use crate::planted::planted;
 use crate::protocol::code;
 use crate::protocol::options::OptionsBuilder;
 use crate::protocol::reply::{Body, Deliver, Outcome};
@@ -246,7 +247,12 @@ impl Topics {
 
     /// The next batch to write, if the writer is free to take it.
     pub fn next_write(&mut self, now: WallMs) -> Option<Write> {
-        let write = self.log.next_write(self.commit.durable(), now)?;
+        let durable = match self.commit.durable() {
+            _ if planted!(WatermarkAhead) => self.log.taken(),
+            _ if planted!(WatermarkStuck) => Lsn(0),
+            durable => durable,
+        };
+        let write = self.log.next_write(durable, now)?;
         self.cache.add_tail(write.slot, write.offset, write.bytes.clone());
         let upto = write.offset + write.bytes.len() as u32;
         self.writing.push_back(Writing { slot: write.slot, upto, new_segment: write.new_segment });
@@ -267,7 +273,7 @@ impl Topics {
         self.commit.on_written(end, records, turn.now.mono);
         if synced {
             self.commit.on_synced(end, turn.now.mono);
-        } else if self.force_sync.is_some() || writing.is_some_and(|w| w.new_segment) {
+        } else if self.force_sync.is_some() || writing.is_some_and(|w| w.new_segment && !planted!(RotationNotSynced)) {
             // A segment that is full is synced, whatever the policy: the window of loss is never more than two.
             self.commit.request_sync();
         }
@@ -362,7 +368,9 @@ impl Topics {
         for id in held {
             self.mark(id);
         }
-        self.take_parked(turn);
+        if !planted!(ParkedForgotten) {
+            self.take_parked(turn);
+        }
         self.ask_for_grants(turn);
     }
 
@@ -380,7 +388,9 @@ impl Topics {
     }
 
     pub fn on_space_back(&mut self) {
-        self.no_space = None;
+        if !planted!(NoSpaceForever) {
+            self.no_space = None;
+        }
     }
 
     pub fn drain(&mut self, turn: &mut Turn) {
@@ -395,10 +405,11 @@ impl Topics {
             let Some((at, waiter)) = self.waiting.pop_front() else { break };
             self.let_go(at, waiter, turn);
         }
-        if self.snapshot.as_ref().is_some_and(|s| s.covered <= self.commit.durable())
+        let durable = if planted!(CheckpointAhead) { self.log.appended() } else { self.commit.durable() };
+        if self.snapshot.as_ref().is_some_and(|s| s.covered <= durable)
             && let Some(mut snapshot) = self.snapshot.take()
         {
-            snapshot.durable = self.commit.durable();
+            snapshot.durable = durable;
             turn.effects.to_keeper.push(ForKeeper::Snapshot(snapshot));
         }
         if self.force_sync.is_some_and(|upto| upto <= self.commit.durable()) {

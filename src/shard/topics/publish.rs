@@ -1,7 +1,6 @@
 //! What becomes of a publish: refused, duplicate, kept in memory, or appended to the log.
 
 use super::*;
-use crate::planted::planted;
 
 /// What a v1 delivery has besides topic and message: type, correlation id, QoS, the topic's length. A publish by alias does
 /// not carry the name, so it can be longer than any frame that delivers it.
@@ -13,7 +12,7 @@ const _: () = assert!(limits::OPTIONS_LEN_MAX + 64 < 64 * 1024);
 impl Topics {
     pub(super) fn on_publish(&mut self, from: Option<CoreId>, publish: Box<AskPublish>, turn: &mut Turn) {
         turn.metrics.publishes_received.add(publish.qos, 1);
-        if !self.parked.is_empty() && !self.draining {
+        if !self.parked.is_empty() && !self.draining && !planted!(ParkedOvertaken) {
             return self.parked.push_back((from, publish)); // behind those that came before it
         }
         if let Err(publish) = self.take(from, publish, turn) {
@@ -87,7 +86,8 @@ impl Topics {
         };
         let ttl = publish.ttl.unwrap_or(default);
         // The life of a delayed message begins when its delay ends.
-        let from = now.0.saturating_add(publish.delay.as_millis());
+        let now = if planted!(TtlOnOtherClock) { now.0 / 1000 } else { now.0 };
+        let from = now.saturating_add(publish.delay.as_millis());
         if ttl == Duration::ZERO { WallMs(0) } else { WallMs(from.saturating_add(ttl.as_millis().max(1))) }
     }
 
@@ -114,7 +114,8 @@ impl Topics {
                     let body = make_body(&publish.options, &publish.payload);
                     let queued =
                         Queued { seq: topic.take_seq(), stamp: turn.now.mono.stamp(), published: now, expires, body };
-                    let (id, behind) = (topic.id, topic.last_end > self.commit.ack_upto());
+                    let behind = topic.last_end > self.commit.ack_upto() && !planted!(Qos0Overtakes);
+                    let id = topic.id;
                     if !behind {
                         self.enqueue_qos0(id, queued, Audience::All, turn);
                     } else if self.waiting_qos0_bytes > self.settings.qos0_bytes {
@@ -219,7 +220,8 @@ impl Topics {
             turn.metrics.publishes_duplicate += 1;
             if publish.confirm {
                 let waiter = Waiter::Duplicate { conn: publish.conn, cid: publish.cid };
-                self.wait(self.log.appended(), waiter, turn);
+                let at = if planted!(DuplicateAtOnce) { self.commit.ack_upto() } else { self.log.appended() };
+                self.wait(at, waiter, turn);
             }
             release_forward(remote, turn);
             return Ok(());
@@ -289,6 +291,9 @@ impl Topics {
             }
             !planted!(ConfirmBeforeDurable)
         });
+        if planted!(DeliverBeforeDurable) {
+            self.make_visible(id, seq, publish.priority, turn);
+        }
         let waiter =
             Waiter::Stored { topic: id, seq, since: turn.now.mono, priority: publish.priority, answer, remote };
         self.waiting.push_back((end, waiter));

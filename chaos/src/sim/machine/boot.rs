@@ -21,7 +21,7 @@ use blipmq::wal::start::{self, RecoveredStore, StartError};
 use bytes::Bytes;
 
 use super::keeper::Keeper;
-use super::{Core, Damage, Happening, Held, HostMistake, Machine, Phase, Refused, STORE, StartReport};
+use super::{Core, Damage, Happening, Held, HostMistake, Machine, Refused, STORE, StartReport};
 use crate::message::MessageId;
 use crate::sim::disk::{FileId, happens};
 
@@ -55,15 +55,15 @@ struct Found {
 impl Found {
     /// Recovering twice must come to the same.
     fn differs(&self, other: &Found) -> Option<&'static str> {
-        let state = |found: &Found| -> Vec<(Bytes, Vec<(Slot, u32, u64)>)> {
-            let all = found.catalogs.iter().zip(0..);
-            all.map(|(catalog, nth)| (snapshot::encode(catalog, VShard(nth)), catalog.usage().by_slot())).collect()
+        let same = |(number, (a, b)): (u16, (&Catalog, &Catalog))| {
+            let state = |catalog| snapshot::encode(catalog, VShard(number));
+            state(a) == state(b) && a.usage().by_slot() == b.usage().by_slot()
         };
         if self.store != other.store {
             Some("what is known of the store")
         } else if self.messages != other.messages {
             Some("the messages")
-        } else if state(self) != state(other) {
+        } else if !(0..).zip(self.catalogs.iter().zip(&other.catalogs)).all(same) {
             Some("the state of the virtual shards")
         } else {
             None
@@ -227,11 +227,7 @@ impl Machine {
             // How the streams before ended is on the disk before clients come.
             shard.force_sync();
             let rings = (0..cores).map(|_| VecDeque::new()).collect();
-            let mut core = Core::new(id, shard, effects, rings);
-            if self.plan.mistake == Some(HostMistake::ServeBeforeOpening) {
-                core.phase = Phase::Ready;
-            }
-            self.cores.push(core);
+            self.cores.push(Core::new(id, shard, effects, rings));
         }
         for number in 0..self.cores.len() {
             self.cores[number].ticked = true;

@@ -228,17 +228,13 @@ impl Machine {
                     self.disk.create_slot(slot.0, self.plan.segment_size as usize);
                     keeper.segments.add_free(slot);
                 }
-                let salt = self.salt();
+                let salt = self.rng.draw();
                 if let Some(slot) = keeper.segments.grant(core, salt) {
                     grants[usize::from(core.0)].push(Grant { slot, salt, created: now.wall });
                 }
             }
         }
         Ok(grants)
-    }
-
-    fn salt(&mut self) -> u64 {
-        if self.plan.mistake == Some(HostMistake::ReuseSalt) { 7 } else { self.rng.draw() }
     }
 
     /// Whether a file system that may be full for a while has room for something now.
@@ -369,7 +365,7 @@ impl Machine {
                     }
                 }
             }
-            let salt = self.salt();
+            let salt = self.rng.draw();
             let slot = keeper.segments.grant(core, salt).expect("one is free");
             keeper.pending.pop_front();
             keeper.retry_at = None;

@@ -131,7 +131,7 @@ impl Desk {
             topic: Bytes::from_static(TOPIC),
             qos: Qos::AtLeastOnce,
             durable: Some(Bytes::from_static(b"q")),
-            credit: 100,
+            credit: 10_000,
             priority: 0,
             start: Start::Earliest,
             ack_timeout: None,
@@ -518,6 +518,11 @@ fn lives_with_all_faults() {
                 }
                 desk.machine.check().unwrap_or_else(|why| panic!("seed {seed}: {why}"));
             }
+            // In the middle of something.
+            let due = rng.between(0, 3) as usize * 20;
+            for _ in 0..due {
+                desk.step();
+            }
             match rng.between(0, 3) {
                 0 => desk.crash(Crash::Killed),
                 1 => desk.crash(Crash::PowerLoss),
@@ -567,4 +572,96 @@ fn lives_with_all_faults() {
     ] {
         assert!(count > 0, "{sum:?}");
     }
+}
+
+/// One life under `always` with a planted mistake; what gave it away, if anything did.
+fn life_with(mistake: Option<HostMistake>, seed: u64) -> Result<(), String> {
+    let mut rng = Rng::new(seed);
+    let mut plan = Plan { mistake, ..Plan::new() };
+    plan.checkpoint_interval = Duration::from_millis(rng.between(5, 300));
+    plan.faults.late = 10_000;
+    plan.faults.slow = 100;
+    if rng.percent(50) {
+        (plan.faults.sync_eio, plan.faults.write_eio) = (50, 50);
+    }
+    let mut desk = Desk::new(plan, seed);
+    let (mut seq, mut owed) = (0, BTreeSet::new());
+    let mut cid_of = BTreeMap::new();
+    for round in 0..8 {
+        while !desk.machine.is_ready() {
+            match desk.start(rng.between(1, 2) as u16) {
+                Ok(()) | Err(Refused::Unreadable(_) | Refused::NoSpace(_)) => {}
+                Err(Refused::Corrupt(why)) => return Err(format!("refused: {why}")),
+            }
+            desk.machine.death();
+            desk.machine.check()?;
+        }
+        let mut consumer = desk.client(0);
+        if !desk.machine.is_up() {
+            continue;
+        }
+        desk.subscribe(&mut consumer);
+        desk.listen(&mut consumer);
+        let missing = owed.iter().find(|id| !consumer.delivered.contains(id));
+        if let Some(id) = missing
+            && desk.machine.is_up()
+        {
+            return Err(format!("round {round}: {id:?} is lost"));
+        }
+        let mut publisher = if desk.machine.is_up() { desk.client(0) } else { continue };
+        for _ in 0..rng.between(1, 60) {
+            if !desk.machine.is_up() {
+                break;
+            }
+            seq += 1;
+            desk.publish(&mut publisher, seq);
+            cid_of.insert((publisher.conn, publisher.cid), id(seq));
+            for _ in 0..rng.between(0, 20) {
+                desk.step();
+                for said in desk.machine.said() {
+                    let Reply::Confirm { cid, outcome: Outcome::Stored { .. } } = said.reply else { continue };
+                    let id = cid_of[&(said.conn, cid)];
+                    let held = desk.machine.held(id);
+                    if held != Held::Synced {
+                        return Err(format!("{id:?} is confirmed, and {held:?}"));
+                    }
+                    owed.insert(id);
+                }
+            }
+            desk.machine.check()?;
+        }
+        cid_of.clear();
+        desk.crash(if rng.percent(40) { Crash::Killed } else { Crash::PowerLoss });
+        desk.machine.said();
+        desk.machine.death();
+    }
+    Ok(())
+}
+
+fn lived(mistake: Option<HostMistake>, seed: u64) -> Result<(), String> {
+    let life = std::panic::AssertUnwindSafe(|| life_with(mistake, seed));
+    std::panic::catch_unwind(life).unwrap_or_else(|_| Err("an assertion of the broker".to_owned()))
+}
+
+#[test]
+fn a_machine_without_mistakes_gives_no_alarm() {
+    for seed in 0..25 {
+        assert_eq!(lived(None, seed), Ok(()), "seed {seed}");
+    }
+}
+
+#[test]
+fn mistakes_in_what_is_simulated_are_noticed() {
+    for mistake in HostMistake::ALL {
+        assert!((0..20).any(|seed| lived(Some(mistake), seed).is_err()), "{mistake:?} is not noticed");
+    }
+}
+
+#[cfg(feature = "planted-bugs")]
+#[test]
+fn a_confirm_that_comes_too_early_is_seen_in_the_moment_it_is_said() {
+    blipmq::planted::plant(Some(blipmq::planted::Bug::ConfirmBeforeDurable));
+    let noticed = lived(None, 1);
+    blipmq::planted::plant(None);
+    assert!(noticed.as_ref().is_err_and(|why| why.contains("is confirmed, and No")), "{noticed:?}");
 }

@@ -1,0 +1,3 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(init: blipmq_fuzz::begin(), |input: &[u8]| blipmq_fuzz::record::run(input));
