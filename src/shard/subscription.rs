@@ -613,7 +613,8 @@ impl Subscription {
     /// - `pending`: messages of the topic, QoS0 ones too, wait for the log; they come after what is visible.
     pub fn restart_tags(&mut self, topic: &Topic, pending: bool) {
         let newest = if pending { topic.visible.next() } else { topic.next_seq };
-        let stored = topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(newest, |e| e.seq);
+        // While something waits, what is stored already may lie behind a QoS0 message that is still to come.
+        let stored = topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(newest, |e| e.seq.min(newest));
         let first = self.qos0.front().map_or(stored, |queued| stored.min(queued.seq));
         self.tag_base = first.0 - 1;
         for touched in self.touched.values_mut() {

@@ -131,6 +131,8 @@ pub enum RecordError {
     Type(u8),
     #[error("record of type {kind} and {len} bytes does not fit its layout")]
     Layout { kind: u8, len: usize },
+    #[error("it is message {seq} of topic {topic}")]
+    Another { topic: u32, seq: u64 },
 }
 
 impl Record<'_> {
@@ -290,15 +292,24 @@ pub fn published_body(record: &Bytes) -> Result<Body, RecordError> {
     Ok(Body(record.slice(body..checked.len())))
 }
 
-/// When a message was published, and its end-to-end part, not copied.
+/// When message `seq` of `topic` was published, and its end-to-end part, not copied.
 ///
-/// - `check`: its bytes have been on disk, so their checksum is looked at.
-pub fn published_message(record: &Bytes, check: bool) -> Result<(WallMs, Body), RecordError> {
+/// - `record`: exactly the bytes of its record.
+/// - `check`: its bytes have been on disk, so their checksum is looked at, and whose they are: a write that went to a wrong
+///   place may have left another message here, as sound as this one.
+pub fn published_message(record: &Bytes, topic: u32, seq: Seq, check: bool) -> Result<(WallMs, Body), RecordError> {
     let bytes = if check { checked(record)? } else { &record[..] };
     if bytes.len() < 9 || (bytes[8] != PUBLISHED && bytes[8] != RELOCATED) {
         return Err(RecordError::Type(bytes.get(8).copied().unwrap_or(0)));
     }
     let (body, _) = body_at(bytes)?;
+    if bytes.len() != record.len() {
+        return Err(RecordError::Length { claimed: bytes.len(), there: record.len() });
+    }
+    let is = (u32_at(bytes, 12), Seq(u64_at(bytes, 16)));
+    if is != (topic, seq) {
+        return Err(RecordError::Another { topic: is.0, seq: is.1.0 });
+    }
     Ok((WallMs(u64_at(bytes, 24)), Body(record.slice(body..bytes.len()))))
 }
 

@@ -83,6 +83,8 @@ pub(super) struct Joined {
 enum State {
     Never,
     Unsure,
+    /// Unsure for more than one reason: if it exists, it may have been made anew.
+    Muddled,
     Exists,
     Ended,
 }
@@ -179,16 +181,23 @@ impl Oracle {
                 true
             }
             (State::Unsure, None) | (_, Some(false)) | (State::Never | State::Ended, None) => true,
+            (State::Muddled, _) => true,
             (State::Unsure | State::Exists, Some(true)) | (State::Exists, None) => false,
         };
         let subscription = &mut self.subs[usize::from(sub)];
         for (track, publisher) in subscription.tracks.iter_mut().zip(&self.publishers) {
-            if anew || track.owed_from == 0 {
+            // One that was made anew has no past.
+            if anew {
+                *track = Track::default();
+            }
+            if track.owed_from == 0 {
                 track.owed_from = publisher.invoked + 1;
             }
         }
         if let Some(joined) = subscription.joined.as_mut().filter(|_| anew) {
             joined.tags.clear();
+            joined.acked_at.clear();
+            subscription.acked_in_run.clear();
         }
         self.conns.entry(conn).or_default().attached.insert(sub, self.events);
     }
@@ -201,7 +210,10 @@ impl Oracle {
                 }
             }
             Excuse::Ends { sub } => self.with_joined(sub, |joined| joined.state = State::Ended),
-            Excuse::Unsure { sub } => self.with_joined(sub, |joined| joined.state = State::Unsure),
+            Excuse::Unsure { sub } => self.with_joined(sub, |joined| {
+                let twice = matches!(joined.state, State::Unsure | State::Muddled);
+                joined.state = if twice { State::Muddled } else { State::Unsure };
+            }),
             Excuse::GivesUp { sub } => self.with_joined(sub, |joined| joined.gives_up = true),
             Excuse::MayBeLost { publisher, seq } => {
                 let run = self.run;
@@ -557,6 +569,23 @@ mod tests {
 
         let mut w = World::new(true);
         w.store(1..=1).excuse(Excuse::Unsure { sub: 0 }).boot().attach(Some(false));
+        w.has(&[]);
+
+        // Asked for again without an answer, it may have been made anew even if it is there.
+        for (excuses, found) in [(1, &[Kind::Lost][..]), (2, &[][..])] {
+            let mut w = World::new(true);
+            w.store(1..=1);
+            for _ in 0..excuses {
+                w.excuse(Excuse::Unsure { sub: 0 });
+            }
+            w.boot().attach(Some(true));
+            w.has(found);
+        }
+
+        // Made anew, it may have what it had before, from the beginning.
+        let mut w = World::new(false);
+        w.store(1..=2).deliver(1).ack(1).deliver(2).ack(2).excuse(Excuse::Unsure { sub: 0 }).boot().attach(Some(false));
+        w.again(1, 1).again(2, 1);
         w.has(&[]);
 
         let mut w = World::new(true);

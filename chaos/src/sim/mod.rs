@@ -195,7 +195,10 @@ fn listen_to_panics() {
                     let what = info.payload().downcast_ref::<&str>().map(|s| s.to_string());
                     let what = what.or_else(|| info.payload().downcast_ref::<String>().cloned()).unwrap_or_default();
                     let at = info.location().map_or(String::new(), |at| format!(" ({}:{})", at.file(), at.line()));
-                    *text = format!("{what}{at}");
+                    // As RUST_BACKTRACE says.
+                    let trace = std::backtrace::Backtrace::capture();
+                    let traced = trace.status() == std::backtrace::BacktraceStatus::Captured;
+                    *text = if traced { format!("{what}{at}\n{trace}") } else { format!("{what}{at}") };
                     true
                 }
                 None => false,

@@ -752,6 +752,8 @@ impl World {
         let unsafe_at = |core: u16, mark| synced.get(usize::from(core)).is_none_or(|synced| *synced < mark);
         let acks: Vec<_> = self.books.acks.iter().filter(|ack| unsafe_at(ack.core, ack.mark)).copied().collect();
         let made: Vec<_> = self.books.made.iter().filter(|sub| unsafe_at(sub.core, sub.mark)).copied().collect();
+        // Once is enough: the power may go again before the next start.
+        self.books.made.clear();
         for ack in acks {
             let (sub, MessageId { publisher, seq, .. }) = (ack.sub, ack.id);
             self.observe(Event::Excused(Excuse::AckMayBeLost { sub, publisher, seq }));

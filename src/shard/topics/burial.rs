@@ -8,7 +8,8 @@ impl Topics {
         loop {
             let Some(sub) = self.catalog.subs.get(&id) else { return };
             let Some((seq, death)) = sub.dying.front().copied() else { return };
-            let Some(topic) = self.catalog.topics.get(&sub.topic) else { return };
+            let topic_id = sub.topic;
+            let Some(topic) = self.catalog.topics.get(&topic_id) else { return };
             let Some(entry) = topic.index.get(seq).copied().filter(|_| sub.wants(seq)) else {
                 self.pop_dying(id);
                 continue;
@@ -25,7 +26,9 @@ impl Topics {
             if sub.reading {
                 return;
             }
-            let Some((_, body)) = self.message_at(entry.at, turn) else { return self.read_for(id, entry.at, turn) };
+            let Some((_, body)) = self.message_at(topic_id, seq, entry.at, turn) else {
+                return self.read_for(id, entry.at, turn);
+            };
             if self.bury_one(id, seq, death, &body, turn).is_err() {
                 return; // no room in the log: tried again when something happens to this subscription
             }

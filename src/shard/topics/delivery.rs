@@ -87,7 +87,7 @@ impl Topics {
                         }
                         continue;
                     }
-                    let Some((published, body)) = self.message_at(entry.at, turn) else {
+                    let Some((published, body)) = self.message_at(topic_id, entry.seq, entry.at, turn) else {
                         return self.read_for(id, entry.at, turn);
                     };
                     let Some(topic) = self.catalog.topics.get(&topic_id) else { return };
@@ -114,14 +114,21 @@ impl Topics {
         }
     }
 
-    /// The message at `at`, if it is in memory.
-    pub(super) fn message_at(&mut self, at: LogRef, turn: &mut Turn) -> Option<(WallMs, Body)> {
+    /// Message `seq` of `topic`, which lies at `at`, if it is in memory.
+    pub(super) fn message_at(
+        &mut self,
+        topic: TopicId,
+        seq: Seq,
+        at: LogRef,
+        turn: &mut Turn,
+    ) -> Option<(WallMs, Body)> {
         let (record, origin) = self.cache.get(at)?;
-        match published_message(&record, origin == Origin::Disk) {
+        match published_message(&record, topic.index, seq, origin == Origin::Disk) {
             Ok(message) => Some(message),
             Err(error) => {
                 let LogRef { slot, offset, .. } = at;
-                turn.effects.corrupt = Some(format!("slot {} offset {offset}: {error}", slot.0));
+                let wanted = format!("message {} of topic {} should be there", seq.0, topic.index);
+                turn.effects.corrupt = Some(format!("slot {} offset {offset}: {wanted}: {error}", slot.0));
                 None
             }
         }

@@ -201,7 +201,11 @@ impl Topics {
                 self.read_ahead(entry.at, turn);
                 return;
             };
-            let Ok(Record::Published(published) | Record::Relocated(published)) = Record::decode_alone(&bytes) else {
+            let read = Record::decode_alone(&bytes).ok().and_then(|record| match record {
+                Record::Published(p) | Record::Relocated(p) => Some(p),
+                _ => None,
+            });
+            let Some(published) = read.filter(|p| (p.topic, p.seq) == (topic_id.index, seq)) else {
                 tracing::error!(
                     slot = slot.0,
                     offset = entry.at.offset,
