@@ -67,11 +67,6 @@ fn run(flags: &Flags) -> Result<(), Failure> {
 
     let broker =
         Broker::start(&loaded, &machine, &keys.ring).map_err(|error| Failure::new(error.exit_code(), error))?;
-    let policy = loaded.config.fsync_policy;
-    match preflight::probe_disk(&machine.store, loaded.config.storage.wal_sync, machine.direct_io) {
-        Ok(latency) => tracing::info!("{}", latency.meaning(policy)),
-        Err(error) => tracing::warn!("could not measure the disk: {error}"),
-    }
     let inquirer = Arc::clone(&broker.inquirer);
     let gateway = Gateway::start(loaded.metrics_listen, inquirer, Arc::clone(&broker.readiness));
     let gateway = match gateway {
@@ -81,6 +76,18 @@ fn run(flags: &Flags) -> Result<(), Failure> {
             return Err(Failure::new(69, format!("cannot serve metrics on {}: {error}", loaded.metrics_listen)));
         }
     };
+    // Last: it takes long where it matters most, and by then /healthz must answer.
+    let policy = loaded.config.fsync_policy;
+    match preflight::probe_disk(&machine.store, loaded.config.storage.wal_sync, machine.direct_io) {
+        Ok(latency) => tracing::info!("{}", latency.meaning(policy)),
+        // The disk tells a lost write to whoever syncs next, and this time that was us: the log's own sync may succeed now.
+        Err(error) if error.raw_os_error() == Some(nix::errno::Errno::EIO as i32) => {
+            let text =
+                format!("the disk fails: {error}; stopping: what was confirmed is safe, what was not is unknown");
+            return Err(Failure::new(74, text));
+        }
+        Err(error) => tracing::warn!("could not measure the disk: {error}"),
+    }
     if let Some(signal) = signals.forever().next() {
         tracing::info!(signal, "stopping: no new connections and publishes; acknowledgements may still come");
     }

@@ -121,6 +121,19 @@ impl Broker {
         String::from_utf8_lossy(&text).into_owned()
     }
 
+    /// What each of its threads waits for, as far as the kernel says (stacks for root only).
+    pub fn threads(&self) -> String {
+        let tasks = PathBuf::from(format!("/proc/{}/task", self.pid()));
+        let entries = std::fs::read_dir(&tasks).into_iter().flatten().flatten();
+        let of = |task: &Path| {
+            let read = |name| std::fs::read_to_string(task.join(name)).unwrap_or_default();
+            let state = read("status").lines().find(|line| line.starts_with("State:")).map(str::to_string);
+            let (name, state) = (read("comm"), state.unwrap_or_default());
+            format!("{} {state}\nwaits in {}\n{}\n", name.trim(), read("wchan"), read("stack"))
+        };
+        entries.map(|entry| of(&entry.path())).collect()
+    }
+
     /// SIGKILL, and waits until the process is reaped.
     pub fn kill(mut self) -> io::Result<ExitStatus> {
         self.child.kill()?;

@@ -136,6 +136,14 @@ pub fn judge(path: &Path, drained: bool) -> io::Result<Verdict> {
     Ok(oracle.unwrap_or_else(|| Oracle::new(plan)).finish(drained))
 }
 
+/// Keeps a history that was made up of others, so that it can be judged again.
+pub fn write(path: &Path, plan: &Plan, events: &[Event]) -> io::Result<()> {
+    let mut file = BufWriter::new(File::create(path)?);
+    write_plan(&mut file, plan)?;
+    events.iter().try_for_each(|event| write_event(&mut file, event))?;
+    file.flush()
+}
+
 fn write_plan(out: &mut impl Write, plan: &Plan) -> io::Result<()> {
     writeln!(out, "A {}", u8::from(plan.strict))?;
     for topic in &plan.publishers {

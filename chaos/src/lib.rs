@@ -15,6 +15,8 @@ pub mod commands;
 pub mod crash;
 /// What a power cut may take, policy by policy.
 pub mod cut;
+/// `chaos disk`: the disk fails under a running broker.
+pub mod disk;
 /// A history on disk, one line per event, and the recorder that many clients share.
 pub mod history;
 /// A message's payload, from which a delivery tells what was published.

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use chaos::commands::{crash, judge, mutants, power, report, sim};
+use chaos::commands::{crash, disk, judge, mutants, power, report, sim};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -18,6 +18,8 @@ enum Command {
     Crash(crash::Args),
     /// Cut the power at random moments of a recorded run: build each disk it could leave, start, drain, judge.
     Power(power::Args),
+    /// Let the disk fail under a running broker: write, sync and read errors, no space, slowness.
+    Disk(disk::Args),
     /// Plant mistakes in the broker, one by one, and see that each is caught.
     Mutants(mutants::Args),
     /// Judge a history that was kept.
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Crash(args) => crash::run(&args),
         Command::Power(args) => power::run(&args),
+        Command::Disk(args) => disk::run(&args),
         Command::Mutants(args) => mutants::run(&args),
         Command::Judge(args) => judge::run(&args),
         Command::Report(args) => report::run(&args),

@@ -14,20 +14,20 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Fallible;
-use crate::broker::{self, Setup};
+use crate::broker::Setup;
 use crate::cut::{Allowed, Cut, Stamped, Taken};
 use crate::history;
 use crate::oracle::{Event, Kind, Plan, Verdict};
-use crate::rig::device::{Disk, Folder, Mounted};
+use crate::rig::device::{Folder, Mounted};
 use crate::rig::drain::drain;
-use crate::rig::load::{self, Load};
-use crate::rig::writes::{Counter, Fate, Image, Writes};
-use crate::rig::{FileSystem, go_on};
+use crate::rig::go_on;
+use crate::rig::load;
+use crate::rig::stage::{self, READY_PATIENCE, Scene, Stage};
+use crate::rig::writes::{Fate, Image, Writes};
 use crate::rng::Rng;
 
 /// Images judged at once; more than two CPUs would not be busy otherwise.
 const WORKERS: usize = 2;
-const READY_PATIENCE: Duration = Duration::from_secs(30);
 /// Between two looks at the log's length.
 const SAMPLE_EVERY: Duration = Duration::from_micros(500);
 /// A running sync excuses at most so much under `interval_ms`.
@@ -40,16 +40,10 @@ pub struct Options {
     pub images: u32,
     /// Images of one recorded run.
     pub per_run: u32,
-    pub fs: FileSystem,
-    pub policy: String,
+    pub scene: Scene,
     pub seed: u64,
-    pub broker: PathBuf,
-    /// Where disks are kept while they are needed.
-    pub workplace: PathBuf,
     /// Where artefacts of anomalies go.
     pub folder: PathBuf,
-    /// Further environment of the recorded broker, such as a planted bug; last word.
-    pub extra: Vec<(String, String)>,
     /// Stop at the first anomaly.
     pub until_found: bool,
 }
@@ -125,7 +119,7 @@ pub fn run(options: &Options) -> Fallible<Report> {
     let mut report = Report::default();
     let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} images, {elapsed}, {eta} left")?;
     let bar = ProgressBar::new(u64::from(options.images)).with_style(style);
-    bar.set_message(format!("{} {}", options.fs.name(), options.policy));
+    bar.set_message(format!("{} {}", options.scene.fs.name(), options.scene.policy));
     while report.images < options.images {
         go_on()?;
         let number = report.runs;
@@ -190,35 +184,10 @@ fn batch(options: &Options, number: u32, images: u32, report: &mut Report, bar: 
 
 fn record(options: &Options, number: u32) -> Fallible<Recording> {
     let mut rng = Rng::derive(options.seed, &[u64::from(number)]);
-    let cores = *rng.pick(&[1, 1, 2]);
-    let pick = |rng: &mut Rng, name: &str, from: &[&str]| (name.to_string(), rng.pick(from).to_string());
-    let mut settings = vec![
-        pick(&mut rng, "BLIPMQ_STORAGE_SEGMENT_SIZE", &["1MiB", "1MiB", "4MiB"]),
-        pick(&mut rng, "BLIPMQ_STORAGE_WAL_SYNC", &["dsync", "fdatasync"]),
-        pick(&mut rng, "BLIPMQ_STORAGE_CHECKPOINT_INTERVAL_MS", &["20", "100", "1000"]),
-        ("BLIPMQ_STORAGE_MEMORY_BUDGET".into(), "32MiB".into()),
-    ];
-    let disk = Disk::make(options.fs, &options.workplace, &format!("{number}"))?;
-    let counter = Counter::open(&disk.log())?;
-    settings.push(("BLIPMQ_WAL_PATH".into(), disk.place().join("store").display().to_string()));
-    let logs = disk.fresh().with_file_name("broker");
-    fs::create_dir_all(&logs)?;
-    let (port, metrics_port) = broker::free_ports(rng.draw())?;
-    let mut extra = settings.clone();
-    extra.extend(options.extra.iter().cloned());
-    let setup = Setup {
-        program: options.broker.clone(),
-        folder: logs.clone(),
-        policy: options.policy.clone(),
-        port,
-        metrics_port,
-        extra,
-    };
-    let mut broker = setup.start(1, cores)?;
-    broker.wait_ready(setup.address(), READY_PATIENCE)?;
-    let history = logs.join("history.txt");
-    let mut load = Load::start(&setup, &mut broker, &history, rng.draw(), disk.counter()?)?;
-    disk.mount.as_ref().ok_or("the disk is not mounted")?.sync()?;
+    // The disk first, so that on an error it goes last.
+    let Stage { disk, mut broker, mut load, cores, settings, .. } =
+        Stage::set(&options.scene, &number.to_string(), &mut rng)?;
+    let counter = disk.counter()?;
     let first = counter.count()?;
     load.publish();
     let alive = rng.millis(1_500, 4_000);
@@ -227,7 +196,7 @@ fn record(options: &Options, number: u32) -> Fallible<Recording> {
     let mut died = Ok(());
     while begun.elapsed() < alive && died.is_ok() {
         samples.0.push((load.micros(), counter.count()?));
-        died = broker.still_runs().and(died);
+        died = broker.still_runs();
         go_on()?;
         std::thread::sleep(SAMPLE_EVERY);
     }
@@ -247,7 +216,7 @@ fn record(options: &Options, number: u32) -> Fallible<Recording> {
         return Err(format!("the rig is broken: byte {at} of the disk is not what the log of its writes says").into());
     }
     fs::remove_file(contents)?;
-    let plan = load::plan(&options.policy);
+    let plan = load::plan(&options.scene.policy);
     Ok(Recording { plan, events, verdict, writes, first, last, samples, cores, settings, folder, fresh })
 }
 
@@ -321,19 +290,8 @@ impl<'a> Checker<'a> {
         let folder = within.join(format!("check-{worker}"));
         fs::create_dir_all(&folder)?;
         let place = within.join(format!("mnt-{worker}"));
-        let (port, metrics_port) =
-            broker::free_ports(Rng::derive(options.seed, &[batch.into(), worker as u64]).draw())?;
-        let mut extra: Vec<_> =
-            recording.settings.iter().filter(|(name, _)| name != "BLIPMQ_WAL_PATH").cloned().collect();
-        extra.push(("BLIPMQ_WAL_PATH".into(), place.join("store").display().to_string()));
-        let setup = Setup {
-            program: options.broker.clone(),
-            folder,
-            policy: options.policy.clone(),
-            port,
-            metrics_port,
-            extra,
-        };
+        let ports = Rng::derive(options.seed, &[batch.into(), worker as u64]).draw();
+        let setup = stage::setup(&options.scene, &folder, &place, recording.settings.clone(), ports)?;
         let file = within.join(format!("image-{worker}"));
         let image = Image::read(&recording.fresh)?;
         Ok(Checker { options, recording, batch, image, file, place, setup })
@@ -342,40 +300,47 @@ impl<'a> Checker<'a> {
     fn check(&mut self, at: u64) -> Fallible<Checked> {
         let recording = self.recording;
         let fate = self.make_image(at)?;
+        fs::remove_dir_all(&self.setup.folder)?;
+        fs::create_dir_all(&self.setup.folder)?;
         let mut rng = Rng::derive(self.options.seed, &[self.batch.into(), at, 2]);
         let cut = Cut {
             plan: &recording.plan,
             recorded: &recording.events,
             at,
-            allowed: recording.allowed(&self.options.policy, at),
+            allowed: recording.allowed(&self.options.scene.policy, at),
             one_log: recording.cores == 1,
         };
         let mut after = Vec::new();
         let mut drained = false;
         let mut recovery = Duration::ZERO;
-        match Mounted::image(self.options.fs, &self.file, &self.place) {
+        match Mounted::image(self.options.scene.fs, &self.file, &self.place) {
             Err(error) => {
                 after.push(Event::Misbehaved { run: 2, text: format!("the image cannot be mounted: {error}") })
             }
             Ok(_mounted) => {
                 let starts = if rng.percent(SECOND_START) { 2 } else { 1 };
-                let mut again = cut.unanswered();
+                let (mut again, mut marked) = (cut.unanswered(), Vec::new());
                 for start in 0..starts {
                     let run = 2 + start;
                     let mut broker = self.setup.start(run, *rng.pick(&[1, 1, 1, 2]))?;
                     match broker.wait_ready(self.setup.address(), READY_PATIENCE) {
                         Err(why) => {
                             let text = format!("start failed: {why}");
+                            fs::write(self.setup.folder.join("threads.txt"), broker.threads())?;
                             after.push(Event::Misbehaved { run, text });
                             drained = false;
                             break;
                         }
                         Ok(took) => recovery = recovery.max(took),
                     }
-                    let seen = drain(&self.setup, &recording.plan, run, &again, start.into())?;
+                    let seen = drain(&self.setup, &recording.plan, run, &again, &marked);
                     again.clear();
+                    marked = seen.marked;
                     after.extend(seen.events);
                     drained = seen.all;
+                    if !seen.all {
+                        fs::write(self.setup.folder.join("threads.txt"), broker.threads())?;
+                    }
                     if let Err(why) = broker.still_runs() {
                         after.push(Event::Misbehaved { run, text: why });
                     }

@@ -5,8 +5,8 @@ use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration as StdDuration;
 
 use futures_lite::FutureExt;
@@ -77,22 +77,84 @@ pub enum Report {
     Ended,
 }
 
-/// Starts the core's executor on a thread of its own.
+/// Starts the core's executor on a thread of its own; returns when its first task runs.
+///
+/// The runtime can park before it has polled anything (GLOMMIO.md 2.1): then there is no task yet that the beat could wake, and
+/// the core would never come. So its plan lies where any executor can take it, and one that does not begin is replaced. Should
+/// it wake up later, it finds nothing to do and ends.
 pub fn spawn(plan: Plan) -> Result<ExecutorJoinHandle<()>, String> {
-    let guard = EndGuard { id: plan.id, reports: plan.reports.clone() };
-    LocalExecutorBuilder::new(Placement::Fixed(plan.cpu))
-        .name(&format!("core-{}", plan.id.0))
-        .io_memory(IO_MEMORY)
-        .ring_depth(256)
-        .preempt_timer(StdDuration::from_millis(1))
-        .blocking_thread_pool_placement(PoolPlacement::Unbound(1))
-        .spawn(move || async move {
-            let _guard = guard;
-            run(plan).await;
-        })
-        .map_err(|error| error.to_string())
+    let (id, cpu, reports) = (plan.id, plan.cpu, plan.reports.clone());
+    let waiting = Arc::new(Mutex::new(Some(plan)));
+    let (begun, begins) = flume::unbounded();
+    let start = |attempt: usize| {
+        let (waiting, birth) = (Arc::clone(&waiting), Birth { attempt, begun: Some(begun.clone()) });
+        let reports = reports.clone();
+        LocalExecutorBuilder::new(Placement::Fixed(cpu))
+            .name(&format!("core-{}", id.0))
+            .io_memory(IO_MEMORY)
+            .ring_depth(256)
+            .preempt_timer(StdDuration::from_millis(1))
+            .blocking_thread_pool_placement(PoolPlacement::Unbound(1))
+            .spawn(move || async move {
+                let Some(plan) = waiting.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+                birth.happened();
+                let _guard = EndGuard { id, reports };
+                run(plan).await;
+            })
+            .map_err(|error| error.to_string())
+    };
+    let why_ended = |executor: ExecutorJoinHandle<()>| match executor.join() {
+        Ok(()) => "it ended at once".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    until_begun(start, why_ended, &begins, BEGIN_WITHIN)
 }
 
+/// Whether an executor has begun; dropped before that, it never will.
+struct Birth {
+    attempt: usize,
+    begun: Option<flume::Sender<Result<usize, usize>>>,
+}
+
+impl Birth {
+    fn happened(mut self) {
+        if let Some(begun) = self.begun.take() {
+            _ = begun.send(Ok(self.attempt)); // nobody waits for the late ones
+        }
+    }
+}
+
+impl Drop for Birth {
+    fn drop(&mut self) {
+        if let Some(begun) = self.begun.take() {
+            _ = begun.send(Err(self.attempt)); // as above
+        }
+    }
+}
+
+/// Starts one after the other until one of them says that it has begun; that one. `Err`: why one ended instead.
+fn until_begun<H>(
+    mut start: impl FnMut(usize) -> Result<H, String>,
+    why_ended: impl Fn(H) -> String,
+    begins: &flume::Receiver<Result<usize, usize>>,
+    within: StdDuration,
+) -> Result<H, String> {
+    let mut started = Vec::new();
+    for attempt in 0..BEGIN_ATTEMPTS {
+        started.push(start(attempt)?);
+        match begins.recv_timeout(within) {
+            Ok(Ok(begun)) => return Ok(started.swap_remove(begun)),
+            Ok(Err(ended)) => return Err(why_ended(started.swap_remove(ended))),
+            Err(_) => tracing::warn!(attempt, "a core's executor does not begin; another one is started for it"),
+        }
+    }
+    Err(format!("none of {BEGIN_ATTEMPTS} executors began"))
+}
+
+/// Longer than an executor takes to begin, but on a machine that is hardly running.
+const BEGIN_WITHIN: StdDuration = StdDuration::from_millis(500);
+/// Executors started for one core. A parked one costs a thread and its rings until the process ends.
+const BEGIN_ATTEMPTS: usize = 20;
 /// Registered memory for O_DIRECT; three times this is charged to RLIMIT_MEMLOCK.
 const IO_MEMORY: usize = 1 << 20;
 /// Connections one look at a listener accepts before the core does something else.
@@ -294,4 +356,57 @@ async fn serve(core: Rc<Core>, conn: Rc<Conn>) {
         Closed::Internal
     });
     core.forget(conn.id, reason);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHORT: StdDuration = StdDuration::from_millis(20);
+
+    #[test]
+    fn an_executor_that_never_begins_is_replaced() {
+        let (begun, begins) = flume::unbounded();
+        let mut births = Vec::new();
+        let start = |attempt| {
+            let birth = Birth { attempt, begun: Some(begun.clone()) };
+            match attempt {
+                0 | 1 => births.push(birth), // parked before its first task
+                _ => birth.happened(),
+            }
+            Ok(attempt)
+        };
+        assert_eq!(until_begun(start, |_| unreachable!(), &begins, SHORT), Ok(2));
+        assert_eq!(births.len(), 2);
+    }
+
+    #[test]
+    fn the_one_that_begins_late_is_the_one() {
+        let (begun, begins) = flume::unbounded();
+        let mut first = None;
+        let start = |attempt| {
+            let birth = Birth { attempt, begun: Some(begun.clone()) };
+            match first.take() {
+                None => first = Some(birth),
+                Some(late) => {
+                    Birth::happened(late);
+                    // The second finds nothing to do: its birth ends after the first one's began.
+                    drop(birth);
+                }
+            }
+            Ok(attempt)
+        };
+        assert_eq!(until_begun(start, |_| unreachable!(), &begins, SHORT), Ok(0));
+    }
+
+    #[test]
+    fn one_that_cannot_run_says_why() {
+        let (begun, begins) = flume::unbounded();
+        let start = |attempt| {
+            drop(Birth { attempt, begun: Some(begun.clone()) });
+            Ok(attempt)
+        };
+        let why = until_begun(start, |attempt| format!("{attempt}: no memory"), &begins, SHORT);
+        assert_eq!(why, Err("0: no memory".to_owned()));
+    }
 }

@@ -614,7 +614,8 @@ impl Subscription {
     pub fn restart_tags(&mut self, topic: &Topic, pending: bool) {
         let newest = if pending { topic.visible.next() } else { topic.next_seq };
         // While something waits, what is stored already may lie behind a QoS0 message that is still to come.
-        let stored = topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(newest, |e| e.seq.min(newest));
+        let stored =
+            topic.index.live_from(self.floor).find(|e| self.wants(e.seq)).map_or(newest, |e| e.seq.min(newest));
         let first = self.qos0.front().map_or(stored, |queued| stored.min(queued.seq));
         self.tag_base = first.0 - 1;
         for touched in self.touched.values_mut() {

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::checkpoint::{self, Checkpoint, ChooseError};
@@ -13,7 +13,7 @@ use super::disk::{SlotFiles, checkpoint_paths};
 use super::format::{HeaderBlock, Segment, SegmentHeader};
 use super::recovery::{self, Entry, Mode, Recovered, RecoveryError, StoreShape};
 use super::segments::{Policy, Segments};
-use super::store::{Store, StoreError, io_at};
+use super::store::{Store, StoreError};
 use crate::limits::BLOCK;
 use crate::types::Slot;
 
@@ -49,6 +49,9 @@ pub enum StartError {
     Recovery(#[from] RecoveryError),
     #[error(transparent)]
     Checkpoints(#[from] ChooseError),
+    /// The disk does not give a checkpoint back.
+    #[error("read checkpoint {path}: {source}")]
+    Unreadable { path: PathBuf, source: io::Error },
     /// The checkpoint is whole, but whoever loads the states cannot read one of them.
     #[error("{0}")]
     State(String),
@@ -58,7 +61,7 @@ impl StartError {
     /// What to do about the store in `dir`: a clause to add.
     pub fn advice(&self, dir: &Path) -> String {
         match self {
-            StartError::Store(_) | StartError::State(_) => String::new(),
+            StartError::Store(_) | StartError::Unreadable { .. } | StartError::State(_) => String::new(),
             StartError::Recovery(_) | StartError::Checkpoints(_) => format!(
                 ". Nothing was changed. To save what is whole: `blipmq wal salvage {0} --accept-loss --out {0}.saved`, then \
                  start with that as wal_path",
@@ -71,7 +74,10 @@ impl StartError {
     pub fn exit_code(&self) -> u8 {
         match self {
             StartError::Store(error) => error.exit_code(),
-            StartError::Recovery(_) | StartError::Checkpoints(_) | StartError::State(_) => 65,
+            StartError::Recovery(_)
+            | StartError::Checkpoints(_)
+            | StartError::Unreadable { .. }
+            | StartError::State(_) => 65,
         }
     }
 }
@@ -92,7 +98,7 @@ pub fn read_checkpoints(store: &Store) -> Result<Checkpoints, StartError> {
         *file = match fs::read(&path) {
             Ok(bytes) => Some(bytes),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(io_at("read", &path)(error).into()),
+            Err(source) => return Err(StartError::Unreadable { path, source }),
         };
     }
     let [a, b] = &files;
@@ -333,6 +339,17 @@ pub(super) mod tests {
         let StartError::Recovery(RecoveryError::Corrupt(damage)) = &error else { panic!("{error}") };
         let end_of_first = u64::from(store.segment_size());
         assert!(damage.from.0 <= end_of_first && damage.to.0 > end_of_first, "witnessed by what follows: {error}");
+    }
+
+    #[test]
+    fn an_unreadable_checkpoint_is_no_missing_one() {
+        let store = filled(&scratch("start-unreadable"), Some(vec![VShardState::default(); 8]));
+        let path = checkpoint_paths(&store.ckpt_dir()).into_iter().find(|path| path.exists()).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap(); // opens, and cannot be read
+        let error = read(&store).unwrap_err();
+        assert!(matches!(&error, StartError::Unreadable { path: of, .. } if *of == path), "{error}");
+        assert_eq!(error.exit_code(), 65);
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! What the command line asks for: arguments in, a verdict out. One file per command.
 
 pub mod crash;
+pub mod disk;
 pub mod judge;
 pub mod mutants;
 pub mod report;
-pub mod power;
 pub mod sim;
+pub mod power;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::commands::{policies, seed};
 use crate::power::{self, Options, Report};
 use crate::record::Row;
+use crate::rig::stage::Scene;
 use crate::rig::{self, FileSystem};
 use crate::{Fallible, broker};
 
@@ -51,23 +52,25 @@ pub fn run(args: &Args) -> Fallible<bool> {
         let options = Options {
             images: args.images,
             per_run: args.per_run,
-            fs: args.fs,
-            policy,
+            scene: Scene {
+                fs: args.fs,
+                policy,
+                broker: broker.clone(),
+                workplace: args.workplace.clone().unwrap_or_else(rig::workplace),
+                extra: args.planted.iter().map(|bug| ("BLIPMQ_PLANTED_BUG".to_string(), bug.clone())).collect(),
+            },
             seed,
-            broker: broker.clone(),
-            workplace: args.workplace.clone().unwrap_or_else(rig::workplace),
             folder: workspace.join("target").join("chaos"),
-            extra: args.planted.iter().map(|bug| ("BLIPMQ_PLANTED_BUG".to_string(), bug.clone())).collect(),
             until_found: args.planted.is_some(),
         };
         let report = power::run(&options)?;
         let clean = report.verdict.is_clean();
         println!("{}", table(&options, &report));
         let (name, good) = match &args.planted {
-            None => (format!("power {} {}", args.fs.name(), options.policy), clean),
+            None => (format!("power {} {}", args.fs.name(), options.scene.policy), clean),
             Some(bug) => {
                 eprintln!("planted {bug}: {}", if clean { "NOT caught" } else { "caught" });
-                (format!("power {} {} planted {bug}", args.fs.name(), options.policy), !clean)
+                (format!("power {} {} planted {bug}", args.fs.name(), options.scene.policy), !clean)
             }
         };
         if let Some(file) = &args.record {
@@ -79,7 +82,7 @@ pub fn run(args: &Args) -> Fallible<bool> {
                 args.images,
                 args.per_run,
                 args.fs.name(),
-                options.policy
+                options.scene.policy
             );
         }
         as_it_should &= good;
@@ -91,8 +94,8 @@ fn table(options: &Options, report: &Report) -> String {
     let images = f64::from(report.images.max(1));
     let mut text = format!(
         "power {} {}: {}\n  {}\n  {:.0} s, {:.2} images/s; recording {:.0} s; recovery {:.0} ms on average, worst {:.0} ms\n",
-        options.fs.name(),
-        options.policy,
+        options.scene.fs.name(),
+        options.scene.policy,
         report.extent(),
         report.found(),
         report.seconds,

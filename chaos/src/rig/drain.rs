@@ -31,6 +31,8 @@ pub struct Drained {
     pub events: Vec<Event>,
     /// Every marker came.
     pub all: bool,
+    /// Markers published so far, by topic: where the next drain goes on.
+    pub marked: Vec<u64>,
 }
 
 struct Drain<'a> {
@@ -53,10 +55,20 @@ struct Drain<'a> {
 }
 
 /// - `again`: what publishers had sent without hearing of it; those with an identity send it again.
-/// - `marked`: how often markers were published before.
-pub fn drain(setup: &Setup, plan: &Plan, run: u32, again: &[(u16, u64)], marked: u64) -> io::Result<Drained> {
-    let mut wire = Wire::connect(setup.address())?;
-    wire.login(KEY, Duration::from_secs(10))?;
+/// - `marked`: markers published before, by topic; empty: none.
+pub fn drain(setup: &Setup, plan: &Plan, run: u32, again: &[(u16, u64)], marked: &[u64]) -> Drained {
+    let wire = Wire::connect(setup.address()).and_then(|mut wire| {
+        wire.login(KEY, Duration::from_secs(10))?;
+        Ok(wire)
+    });
+    let wire = match wire {
+        Ok(wire) => wire,
+        Err(error) => {
+            let text = format!("no login: {error}");
+            let events = vec![Event::Boot { run }, Event::Misbehaved { run, text }];
+            return Drained { events, all: false, marked: marked.to_vec() };
+        }
+    };
     let subscriptions = plan.subscriptions.len();
     let topics = plan.publishers.len() - usize::from(PUBLISHERS);
     let mut drain = Drain {
@@ -67,7 +79,7 @@ pub fn drain(setup: &Setup, plan: &Plan, run: u32, again: &[(u16, u64)], marked:
         subs: HashMap::new(),
         sent: HashMap::new(),
         unmarked: (0..subscriptions as u16).collect(),
-        marker: vec![marked; topics],
+        marker: (0..topics).map(|topic| marked.get(topic).copied().unwrap_or(0)).collect(),
         refused: Vec::new(),
         due: Vec::new(),
         acks: HashMap::new(),
@@ -80,7 +92,7 @@ pub fn drain(setup: &Setup, plan: &Plan, run: u32, again: &[(u16, u64)], marked:
             false
         }
     };
-    Ok(Drained { events: drain.events, all })
+    Drained { events: drain.events, all, marked: drain.marker }
 }
 
 impl Drain<'_> {
@@ -158,7 +170,15 @@ impl Drain<'_> {
                 let message = MessageId::decode(&payload);
                 // To the oracle, each subscription has its own.
                 let conn = self.run * 1_000_000 + u32::from(number);
-                self.events.push(Event::Deliver(Delivery { sub: number, conn, tag, attempt, redelivered, message, timing: None }));
+                self.events.push(Event::Deliver(Delivery {
+                    sub: number,
+                    conn,
+                    tag,
+                    attempt,
+                    redelivered,
+                    message,
+                    timing: None,
+                }));
                 if let Some(message) = message {
                     self.due.push((sub, tag, message));
                     if message.publisher >= PUBLISHERS {

@@ -1,5 +1,6 @@
 //! Publishers and consumers at work on the rig's disk, for one run of the broker: the clients of `chaos crash`.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -34,63 +35,64 @@ pub fn plan(policy: &str) -> Plan {
     }
 }
 
-fn consumers() -> Vec<Consumer> {
-    (0..2 * TOPICS)
-        .map(|number| {
-            let topic = number / 2;
-            let sub = number.min(2 * TOPICS - 2);
-            Consumer { number, sub, topic, shared: topic == TOPICS - 1, must_exist: false }
-        })
-        .collect()
+fn micros_since(began: Instant) -> u64 {
+    u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Clients at work.
 pub struct Load {
-    pub run: Arc<Run>,
     pub recorder: Arc<Recorder>,
+    address: SocketAddr,
+    seed: u64,
     began: Instant,
+    runs: Vec<Arc<Run>>,
     clients: Vec<JoinHandle<()>>,
-    consumers_wait: Vec<Consumer>,
+    connections: Arc<AtomicU32>,
 }
 
 impl Load {
-    /// Starts the clients, and returns when every subscription exists; publishers wait for `publish`.
-    /// - `idle`: consumers subscribe, and leave; they come when `consume` is called.
+    /// Returns when every subscription exists; nobody publishes yet.
     pub fn start(setup: &Setup, broker: &mut Broker, history: &Path, seed: u64, counter: Counter) -> Fallible<Load> {
         let began = Instant::now();
-        let clock = move || {
-            let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-            Ok(Stamp { writes: counter.count()?, micros })
-        };
+        let clock = move || Ok(Stamp { writes: counter.count()?, micros: micros_since(began) });
         let recorder = Arc::new(Recorder::stamped(history, plan(&setup.policy), clock)?);
         recorder.record(&[Event::Boot { run: 1 }]);
+        let connections = Arc::new(AtomicU32::new(1));
+        let address = setup.address();
+        let mut load = Load { recorder, address, seed, began, runs: Vec::new(), clients: Vec::new(), connections };
+        load.consume(broker, false)?;
+        Ok(load)
+    }
+
+    fn new_run(&mut self) -> Arc<Run> {
         let run = Arc::new(Run {
             number: 1,
-            address: setup.address(),
-            recorder: recorder.clone(),
-            seed,
+            address: self.address,
+            recorder: self.recorder.clone(),
+            seed: self.seed,
             draining: false,
             closing: AtomicBool::new(false),
             leave: AtomicBool::new(false),
             subscribed: AtomicUsize::new(0),
             publishers_done: AtomicUsize::new(0),
             progress: AtomicU64::new(0),
-            connections: Arc::new(AtomicU32::new(1)),
+            connections: self.connections.clone(),
         });
-        let mut load = Load { run, recorder, began, clients: Vec::new(), consumers_wait: consumers() };
-        load.consume(broker)?;
-        Ok(load)
+        self.runs.push(run.clone());
+        run
     }
 
-    /// Sends the consumers to work, and returns when they have subscribed.
-    fn consume(&mut self, broker: &mut Broker) -> Fallible<()> {
-        let all = self.consumers_wait.len();
-        for consumer in self.consumers_wait.drain(..) {
-            let run = self.run.clone();
+    /// Sends consumers to work, and returns when they have subscribed. `again`: the subscriptions must be there.
+    pub fn consume(&mut self, broker: &mut Broker, again: bool) -> Fallible<()> {
+        let run = self.new_run();
+        for number in 0..2 * TOPICS {
+            let (run, topic) = (run.clone(), number / 2);
+            let (sub, shared) = (number.min(2 * TOPICS - 2), topic == TOPICS - 1);
+            let consumer = Consumer { number, sub, topic, shared, must_exist: again };
             self.clients.push(std::thread::spawn(move || consumer.run(&run)));
         }
         let begun = Instant::now();
-        while self.run.subscribed.load(Ordering::SeqCst) < all {
+        while run.subscribed.load(Ordering::SeqCst) < usize::from(2 * TOPICS) {
             broker.still_runs()?;
             if begun.elapsed() > PATIENCE {
                 return Err("consumers cannot subscribe".into());
@@ -100,32 +102,36 @@ impl Load {
         Ok(())
     }
 
+    /// Everybody goes home; the broker stays.
+    pub fn send_home(&mut self) -> Fallible<()> {
+        self.runs.iter().for_each(|run| run.leave.store(true, Ordering::SeqCst));
+        self.clients.drain(..).try_for_each(|client| client.join().map_err(|_| "a client panicked".into()))
+    }
+
     pub fn publish(&mut self) {
+        let run = self.new_run();
         for number in 0..PUBLISHERS {
             let publisher = Publisher::new(number, number % TOPICS, number < WITHOUT_IDENTITY);
-            let run = self.run.clone();
+            let run = run.clone();
             self.clients.push(std::thread::spawn(move || _ = publisher.run(&run)));
         }
     }
 
     /// On the clock of the stamps.
     pub fn micros(&self) -> u64 {
-        u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX)
+        micros_since(self.began)
     }
 
     /// From now on it is no surprise if the broker goes.
     pub fn expect_the_end(&self) {
-        self.run.closing.store(true, Ordering::SeqCst);
+        self.runs.iter().for_each(|run| run.closing.store(true, Ordering::SeqCst));
     }
 
     /// Waits for the clients of a broker that is gone; what they saw.
     pub fn finish(mut self) -> Fallible<(Vec<Stamped>, Verdict)> {
         self.expect_the_end();
-        self.run.leave.store(true, Ordering::SeqCst);
-        for client in self.clients.drain(..) {
-            client.join().map_err(|_| "a client panicked")?;
-        }
-        drop(self.run);
+        self.send_home()?;
+        drop(self.runs);
         let recorder = Arc::into_inner(self.recorder).ok_or("a client outlived its run")?;
         Ok(recorder.into_stamped()?)
     }

@@ -10,14 +10,16 @@
 //! FUSE export lets a second write overwrite the buffer of the first (seen here as file systems that do not mount); so a
 //! recording is checked: the disk must be what its log says.
 
-/// Unattended clients at the end: everything comes out.
-pub mod drain;
 /// What is made, mounted and undone.
 pub mod device;
+/// One client at the end: everything comes out.
+pub mod drain;
 /// Publishers and consumers at work on it.
 pub mod load;
 /// The daemon's control socket.
 pub mod qmp;
+/// A broker on it, with its subscriptions made.
+pub mod stage;
 /// The log of writes, and the disks a power cut leaves.
 pub mod writes;
 
