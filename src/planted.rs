@@ -73,8 +73,6 @@ bugs! {
     SyncRetried = "sync-retried",
     /// A failed write or sync of the log counts as done.
     IgnoreIoError = "ignore-io-error",
-    /// The first write to a segment, its header, counts as synced.
-    HeaderNotSynced = "header-not-synced",
     /// A backlog read that fails is tried again and again.
     ReadErrorIgnored = "read-error-ignored",
     /// The watermark of a batch claims all that was taken to be written.

@@ -83,7 +83,6 @@ fn harness(bug: Bug) -> Harness {
     match bug {
         Bug::SkipSync => Harness::Real(&["power", "--images", "60", "--policy", "always"]),
         Bug::SyncForgetsOldSegment => Harness::Real(&["power", "--images", "400", "--policy", "every_n:64"]),
-        Bug::HeaderNotSynced => Harness::Real(&["power", "--images", "400", "--policy", "every_n:64"]),
         Bug::CheckpointNotSynced => Harness::Real(&["power", "--images", "400", "--policy", "always"]),
         Bug::IgnoreIoError => Harness::Real(&["disk", "--fault", "write-eio"]),
         Bug::SyncRetried => Harness::Real(&["disk", "--fault", "sync-eio"]),

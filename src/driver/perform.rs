@@ -163,7 +163,7 @@ impl Core {
                 {
                     fail_stop(&error);
                 }
-                let synced = core.writer.is_dsync() || planted!(HeaderNotSynced) && write.new_segment;
+                let synced = core.writer.is_dsync();
                 if synced {
                     core.counts.sync_time.borrow_mut().record((core.now_mono() - began).0);
                 }

@@ -752,9 +752,11 @@ impl World {
         let synced: Vec<Lsn> = (0..self.machine.cores()).map(|core| self.machine.log_synced(core)).collect();
         // Of a process that is down nothing can be asked; what was safe when it died is marked.
         let is_safe = |core: u16, mark: Lsn| mark <= synced.get(usize::from(core)).copied().unwrap_or(Lsn(0));
-        let (safe, acks) = std::mem::take(&mut self.books.acks).into_iter().partition(|ack| is_safe(ack.core, ack.mark));
+        let (safe, acks) =
+            std::mem::take(&mut self.books.acks).into_iter().partition(|ack| is_safe(ack.core, ack.mark));
         self.books.acks = safe;
-        let (safe, made) = std::mem::take(&mut self.books.made).into_iter().partition(|sub| is_safe(sub.core, sub.mark));
+        let (safe, made) =
+            std::mem::take(&mut self.books.made).into_iter().partition(|sub| is_safe(sub.core, sub.mark));
         self.books.made = safe;
         let (acks, made): (Vec<AckNote>, Vec<SubNote>) = (acks, made);
         self.books.acks.iter_mut().for_each(|ack| ack.mark = Lsn(0));
