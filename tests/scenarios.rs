@@ -14,7 +14,7 @@ use blipmq::metrics::Ledger;
 use blipmq::protocol::options::{HEADER, OptionsBuilder, OptionsReader, split_header};
 use blipmq::protocol::reply::{Outcome, Reply};
 use blipmq::protocol::request::{
-    Identity, Publish, RejectAction, RequestKind, Start, Subscribe, TagRanges, TopicRef, UnsubscribeMode,
+    Identity, Publish, RejectAction, Request, RequestKind, Start, Subscribe, TagRanges, TopicRef, UnsubscribeMode,
 };
 use blipmq::shard::event::{Event, FromKeeper};
 use blipmq::shard::settings::{BacklogOverflow, Overflow};
@@ -43,6 +43,120 @@ fn every_scenario_holds() {
     }
     assert!(told >= 40, "only {told} stories were found");
     assert!(failures.is_empty(), "\n{failures}");
+}
+
+/// What one turn sees finished is finished in the log before a subscription that counts on it, or a replay gives it more.
+#[test]
+fn a_subscription_gets_no_more_after_a_restart_than_the_turn_that_made_it_left_over() {
+    let mut house = House::new(Plan::new());
+    let log_in = |house: &mut House| {
+        let conn = house.open(0);
+        house.request(conn, 1, RequestKind::Hello { version: 2 });
+        house.request(conn, 2, RequestKind::Auth { key: Bytes::from_static(KEY) });
+        conn
+    };
+    let subscribe = |name: Option<&'static str>| {
+        RequestKind::Subscribe(Subscribe {
+            topic: Bytes::from_static(b"orders"),
+            qos: Qos::AtLeastOnce,
+            durable: name.map(|name| Bytes::from_static(name.as_bytes())),
+            credit: 10,
+            priority: 0,
+            start: Start::Earliest,
+            ack_timeout: None,
+        })
+    };
+    let delivered = |house: &mut House| -> Vec<Bytes> {
+        let said = std::mem::take(&mut house.said).into_iter();
+        said.filter_map(|said| match said {
+            Said::Reply(_, Reply::Deliver(deliver)) => Some(Bytes::copy_from_slice(deliver.body.payload())),
+            _ => None,
+        })
+        .collect()
+    };
+    let conn = log_in(&mut house);
+    house.request(conn, 3, subscribe(Some("old")));
+    // It keeps the messages where they can be found, but not over a restart.
+    house.request(conn, 3, subscribe(None));
+    house.quiesce(true);
+    for text in ["m1", "m2"] {
+        house.request(conn, 4, RequestKind::Publish(publish("orders", &format!("\"{text}\""), &[])));
+    }
+    house.quiesce(true);
+    assert_eq!(delivered(&mut house).len(), 4);
+    let sub = ClientSub(1);
+    let ask = |cid, kind| Event::Request { conn, request: Request { cid, kind } };
+    let acked = RequestKind::Ack { sub, tags: TagRanges::one(DeliveryTag(1)), confirm: true };
+    house.turn(0, [ask(5, acked), ask(6, subscribe(Some("new")))]);
+    house.quiesce(true);
+    assert_eq!(delivered(&mut house).len(), 1, "m1 was finished when it began");
+    house.crash(Crash::Killed, 1, &mut |_| 0);
+    let conn = log_in(&mut house);
+    house.request(conn, 3, subscribe(Some("new")));
+    house.quiesce(true);
+    assert_eq!(delivered(&mut house).len(), 1, "and is after a restart");
+}
+
+/// A PONG vouches for acknowledgements: not for those that the log has no room for.
+#[test]
+fn a_pong_waits_for_acknowledgements_that_wait_for_a_segment() {
+    let mut plan = Plan::new();
+    plan.slots_max = Some(3);
+    let mut house = House::new(plan);
+    let conn = house.open(0);
+    house.request(conn, 1, RequestKind::Hello { version: 1 });
+    house.request(conn, 2, RequestKind::Auth { key: Bytes::from_static(KEY) });
+    let subscribe = Subscribe {
+        topic: Bytes::from_static(b"orders"),
+        qos: Qos::AtLeastOnce,
+        durable: None,
+        credit: 0,
+        priority: 0,
+        start: Start::New,
+        ack_timeout: None,
+    };
+    house.request(conn, 3, RequestKind::Subscribe(subscribe));
+    for _ in 0..100 {
+        house.request(conn, 4, RequestKind::Publish(publish("orders", "\"m\"", &[])));
+    }
+    // Everything in one batch; from now on each acknowledgement takes a block, until no segment is left.
+    let write = |house: &mut House| {
+        house.begin_write(0);
+        house.end_write(0);
+        house.begin_sync(0);
+        house.end_sync(0);
+    };
+    // The publishes waited for the SUBSCRIBE.
+    write(&mut house);
+    write(&mut house);
+    house.tell_all(|| FromKeeper::NoSpace { reason: "full".to_owned() });
+    house.said.clear();
+    let pongs = |house: &mut House, cid: u64| {
+        let said = std::mem::take(&mut house.said);
+        said.iter().filter(|said| matches!(said, Said::Reply(_, Reply::Pong { cid: at }) if *at == cid)).count()
+    };
+    let sub = ClientSub(1);
+    let mut waits = None;
+    for tag in 1..=100 {
+        house.request(conn, 5, RequestKind::Poll { sub });
+        let tags = TagRanges::one(DeliveryTag(tag));
+        house.request(conn, tag, RequestKind::Ack { sub, tags, confirm: false });
+        house.request(conn, 1000 + tag, RequestKind::Ping);
+        write(&mut house);
+        if pongs(&mut house, 1000 + tag) == 0 {
+            waits = Some(tag);
+            break;
+        }
+    }
+    let tag = waits.expect("the log is full some time");
+    house.more_slots();
+    house.serve();
+    write(&mut house);
+    assert_eq!(pongs(&mut house, 1000 + tag), 1, "it is logged now");
+    // What was vouched for does not come back.
+    house.crash(Crash::Killed, 1, &mut |_| 0);
+    let waiting: u64 = house.metrics().queue_waiting;
+    assert_eq!(waiting, 100 - tag);
 }
 
 type Line<'a> = (usize, &'a str);

@@ -591,7 +591,7 @@ impl Oracle {
         }
 
         // What a crash has unwritten, and its publisher has sent again, may come where it could not before.
-        let late = delivery.redelivered || self.publishers[index].repeated.get(seq);
+        let late = delivery.redelivered || delivery.attempt == 0 || self.publishers[index].repeated.get(seq);
         let renewed = self.subs[sub].tracks[index].renewed.get(seq);
         let stays = !renewed && !traits.at_most_once;
         other_tag |= self.subs[sub].other_tag(number, seq, delivery.tag, stays);

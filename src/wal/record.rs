@@ -622,6 +622,29 @@ mod tests {
     }
 
     #[test]
+    fn another_message_in_its_place_is_no_message() {
+        let encoded = |seq, payload| {
+            let record = Record::Published(Published { seq: Seq(seq), ..published(None, b"", payload) });
+            let mut bytes = Vec::new();
+            record.encode(&mut bytes);
+            bytes.truncate(record.encoded_len());
+            bytes
+        };
+        let topic = published(None, b"", b"").topic;
+        let good = Bytes::from(encoded(7, b"payload"));
+        assert!(published_message(&good, topic, Seq(7), true).is_ok());
+        for (wanted, seq) in [(topic, 8), (topic + 1, 7)] {
+            let error = published_message(&good, wanted, Seq(seq), true);
+            assert_eq!(error, Err(RecordError::Another { topic, seq: 7 }));
+        }
+        // A sound one that ends before this one should.
+        let mut shorter = encoded(7, b"pay");
+        shorter.resize(good.len(), 0);
+        let error = published_message(&Bytes::from(shorter), topic, Seq(7), true);
+        assert!(matches!(error, Err(RecordError::Length { .. })), "{error:?}");
+    }
+
+    #[test]
     fn the_body_is_a_slice_of_the_record() {
         let record = Record::Published(published(Some(IdentityRef::MessageId(b"id-1")), b"opts", b"payload"));
         let mut bytes = Vec::new();

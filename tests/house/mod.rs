@@ -1,7 +1,8 @@
 //! A broker without a runtime: real shards, the real log and recovery, over slots in memory.
 //!
 //! Owns: what the driver, the disk and the keeper do, one step at a time; whoever holds it says what happens and when.
-//! Never: draws a random number or reads a clock. `scenarios` tells it stories, `random_world` throws dice.
+//! Never: draws a random number or reads a clock. `scenarios` tells it stories; dice are thrown by `chaos sim`,
+//! whose machine has the disk's faults too.
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr};
@@ -324,8 +325,14 @@ impl House {
 
     /// One turn with one event.
     pub fn event(&mut self, core: usize, event: Event) {
+        self.turn(core, [event]);
+    }
+
+    pub fn turn(&mut self, core: usize, events: impl IntoIterator<Item = Event>) {
         let Core { shard, effects, .. } = &mut self.cores[core];
-        shard.on_event(self.now, event, effects);
+        for event in events {
+            shard.on_event(self.now, event, effects);
+        }
         shard.settle(self.now, effects);
         shard.invariants();
         self.perform(core);
@@ -436,6 +443,15 @@ impl House {
         self.salt += 1;
         let slot = self.keeper.grant(core, self.salt)?;
         Some(Grant { slot, salt: self.salt, created: self.now.wall })
+    }
+
+    /// The operator makes room for some segments.
+    pub fn more_slots(&mut self) {
+        for _ in 0..4 {
+            self.keeper.add_free(Slot(self.seen.len() as u32));
+            self.seen.push(vec![0; SEGMENT_SIZE as usize]);
+            self.platter.push(vec![0; SEGMENT_SIZE as usize]);
+        }
     }
 
     /// Hands out the segments that are wanted, as far as there are some.
