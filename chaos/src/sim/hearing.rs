@@ -134,7 +134,9 @@ impl World {
                 self.confirmed(link, publisher, seq, true, Some(*level));
                 Heard::Stored { cid, publisher, seq }
             }
-            Outcome::Rejected { code, .. } => {
+            Outcome::Rejected { code, text } => {
+                // (A backlog may be full of what nobody will fetch.)
+                self.refused_for_space |= text.starts_with(b"storage full");
                 self.rejected(publisher, seq, *code);
                 Heard::Refused { cid, publisher, seq }
             }

@@ -71,6 +71,14 @@ enum Phase {
     Over,
 }
 
+/// When all is delivered, one more message for every topic must be taken: what was short must be there again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Probe {
+    Due(Instant),
+    Sent,
+    Done,
+}
+
 pub struct World {
     pub script: Script,
     pub machine: Machine,
@@ -112,6 +120,11 @@ pub struct World {
     healed_at: Instant,
     pub last_delivery: Instant,
     since_check: u32,
+    /// A crash that waits until a checkpoint is being written.
+    crash_at_checkpoint: Option<(What, u64)>,
+    /// After the chaos: how far it is shown that publishes are taken.
+    probe: Probe,
+    pub refused_for_space: bool,
     pub life: Life,
     options: Options,
 }
@@ -126,6 +139,8 @@ const HEAL_MAX: Duration = Duration::from_secs(400);
 /// Nothing was delivered for so long: there is nothing to come.
 const QUIET: Duration = Duration::from_secs(70);
 const LOOK: Duration = Duration::from_millis(250);
+/// A checkpoint or two later there may be space.
+const PROBE_AGAIN: Duration = Duration::from_secs(10);
 /// What one core says to another has been heard by then.
 pub const RING_DELAY_MAX: Duration = Duration::from_millis(300);
 /// The books are looked at after so many events.
@@ -172,6 +187,9 @@ impl World {
             healed_at: Instant(0),
             last_delivery: Instant(0),
             since_check: 0,
+            crash_at_checkpoint: None,
+            probe: Probe::Due(Instant(0)),
+            refused_for_space: false,
             life: Life { seed, ..Life::default() },
             options: options.clone(),
             script,
@@ -242,6 +260,11 @@ impl World {
             let now = self.computer_now();
             self.machine.run_one(now);
             self.after();
+            if self.machine.is_checkpointing()
+                && let Some((what, dice)) = self.crash_at_checkpoint.take()
+            {
+                self.crash(what, dice);
+            }
             if let Some(left) = &mut self.crash_after {
                 *left = left.saturating_sub(1);
                 if *left == 0 {
@@ -362,7 +385,7 @@ impl World {
         let number = self.links_ever;
         let core = self.rng.between(0, u64::from(self.machine.cores()) - 1) as u16;
         let role = &self.clients[n].role;
-        let manner = if self.healing { calm() } else { role.manner };
+        let manner = if self.healing { Manner { slices: role.manner.slices, ..calm() } } else { role.manner };
         let link = Link::new(number, n, core, role.version, manner);
         let at = self.now + link.delay(&mut self.rng);
         self.links.insert(number, link);
@@ -591,6 +614,8 @@ impl World {
             return;
         }
         match what {
+            // What is half written to a checkpoint is found only by those who look for the moment.
+            What::Kill | What::Power if dice % 4 == 0 => self.crash_at_checkpoint = Some((what, dice)),
             What::Kill | What::Power => self.crash(what, dice),
             What::Stop => self.stop(dice),
             What::Clock => {
@@ -844,6 +869,7 @@ impl World {
         self.say(|| "no more faults from now on".into());
         self.machine.heal();
         self.crash_after = None;
+        self.crash_at_checkpoint = None;
         if self.machine.is_up() && self.rng.percent(50) && self.options.allows(What::Kill.name()) {
             self.crash(What::Kill, 0);
             self.crash_after = None;
@@ -908,7 +934,10 @@ impl World {
             Phase::Drain => {
                 let open = self.oracle.outstanding().len();
                 let calm = quiet > Duration::from_secs(3) && since > Duration::from_secs(3);
-                if answered && calm && (open == 0 || quiet > QUIET) {
+                let over = answered && calm && (open == 0 || quiet > QUIET);
+                if over && self.probe != Probe::Done && since <= HEAL_MAX {
+                    self.probe();
+                } else if over && self.probe == Probe::Done {
                     self.say(|| format!("all is answered, {open} messages are outstanding"));
                     self.phase = Phase::Rest;
                     self.last_delivery = self.now;
@@ -917,7 +946,10 @@ impl World {
                         self.leave(n, false);
                     }
                 } else if since > HEAL_MAX {
-                    return self.stuck(format!("{open} messages outstanding, all publishes answered: {answered}"));
+                    let refused =
+                        if self.refused_for_space { ", and publishes are refused for want of space" } else { "" };
+                    let text = format!("{open} messages outstanding, all publishes answered: {answered}{refused}");
+                    return self.stuck(text);
                 }
             }
             Phase::Rest => {
@@ -933,6 +965,21 @@ impl World {
             Phase::Chaos | Phase::Over => {}
         }
         self.push(self.now + LOOK, Item::Look);
+    }
+
+    /// Everything was consumed: whatever was full has room again, and takes a message for every topic.
+    fn probe(&mut self) {
+        let Some(n) = self.collector.filter(|n| self.clients[*n].session.logged_in) else { return };
+        match self.probe {
+            Probe::Due(at) if self.now >= at => {
+                self.refused_for_space = false;
+                self.probe = Probe::Sent;
+                (0..TOPICS.len() as u16).for_each(|topic| self.publish_plainly(n, topic));
+            }
+            Probe::Sent if self.refused_for_space => self.probe = Probe::Due(self.now + PROBE_AGAIN),
+            Probe::Sent => self.probe = Probe::Done,
+            Probe::Due(_) | Probe::Done => {}
+        }
     }
 
     fn end(&mut self) {
@@ -985,7 +1032,7 @@ impl World {
         self.fail(invariant, text);
     }
 
-    fn stuck(&mut self, text: String) {
+    pub fn stuck(&mut self, text: String) {
         self.say(|| format!("stuck: {text}"));
         self.observe(Event::Stuck { run: self.run });
         self.fail("stuck", text);
