@@ -152,7 +152,7 @@ impl World {
     fn confirmed(&mut self, link: u32, publisher: u16, seq: u64, duplicate: bool, level: Option<Durability>) {
         self.life.confirmed += 1;
         self.observe(Event::Confirmed { publisher, seq, duplicate });
-        let ms = self.broker_ms();
+        let ms = self.broker_ms().max(self.run_ms);
         self.books.stored_by(publisher, seq, ms);
         let Some(traits) = self.books.traits_of(publisher, seq) else { return };
         let policy = self.script.machine.policy;

@@ -252,8 +252,8 @@ fn calamities(rng: &mut Rng, span: Duration, options: &Options) -> Vec<Calamity>
     let mut enabled: Vec<(What, u64)> = Vec::new();
     for what in What::ALL {
         let weight = match what {
-            What::Kill | What::Power => 6,
-            What::Stop => 4,
+            What::Kill | What::Power => 4,
+            What::Stop => 3,
             What::Clock => 4,
             _ => 10,
         };
@@ -263,7 +263,7 @@ fn calamities(rng: &mut Rng, span: Duration, options: &Options) -> Vec<Calamity>
         }
     }
     let sum: u64 = enabled.iter().map(|(_, weight)| weight).sum();
-    let count = rng.between(20, 60);
+    let count = rng.between(45, 115);
     let mut all: Vec<Calamity> = (0..count)
         .filter_map(|_| {
             let (at, dice) = (Duration(rng.between(0, span.0)), rng.draw());
