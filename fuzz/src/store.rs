@@ -256,7 +256,8 @@ impl Store {
         };
         let frames = self.known.iter().filter(|known| {
             // In whichever file.
-            recovered.live.iter().any(|live| Segment { slot: live.slot, ..known.segment } == *live)
+            let of = |segment: &Segment| (segment.stream, segment.sequence, segment.salt);
+            recovered.live.iter().any(|live| of(live) == of(&known.segment))
                 && end(known.segment.stream).is_some_and(|end| known.header.end() <= end)
                 && whole(known)
         });

@@ -422,7 +422,7 @@ impl World {
         let (v1, rng) = (client.v1(), &mut client.rng);
         let mut letter = Letter {
             qos: if features.qos0 && rng.percent(25) { Qos::AtMostOnce } else { Qos::AtLeastOnce },
-            confirm: !v1 && !(features.unconfirmed && rng.percent(20)),
+            confirm: !(v1 || features.unconfirmed && rng.percent(20)),
             ttl_ms: None,
             delay_ms: 0,
             priority: 0,

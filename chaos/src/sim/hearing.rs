@@ -466,7 +466,7 @@ impl World {
 
     /// What was refused is sent again some time, by some; others give it up.
     fn heard_answer(&mut self, n: usize, number: u16, seq: u64, stored: bool) {
-        let again = !self.healing && number % 2 == 0;
+        let again = !self.healing && number.is_multiple_of(2);
         let Some(publisher) = self.clients[n].publishers.iter_mut().find(|p| p.number == number) else { return };
         let identified = publisher.identity != crate::sim::plan::IdentityKind::None;
         if stored {

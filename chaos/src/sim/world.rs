@@ -272,8 +272,8 @@ impl World {
                 }
             }
             Item::Accept { link } => self.accept(link),
-            Item::ToBroker { link } => self.to_broker(link),
-            Item::ToClient { link } => self.to_client(link),
+            Item::ToBroker { link } => self.carry_to_broker(link),
+            Item::ToClient { link } => self.carry_to_client(link),
             Item::BrokerNotices { link } => self.broker_notices(link),
             Item::ClientNotices { link } => {
                 let known = self.links.get(&link).filter(|link| !link.left).map(|link| link.client);
@@ -315,7 +315,7 @@ impl World {
         for number in numbers {
             let waits = self.links.get(&number).is_some_and(|link| link.has_arrived(self.now));
             if waits {
-                self.to_broker(number);
+                self.carry_to_broker(number);
             }
         }
         if self.machine.is_up() {
@@ -390,7 +390,7 @@ impl World {
             link.conn = Some(conn);
         }
         self.by_conn.insert(conn, number);
-        self.to_broker(number);
+        self.carry_to_broker(number);
     }
 
     pub fn write(&mut self, n: usize, bytes: Vec<u8>) {
@@ -402,7 +402,7 @@ impl World {
     }
 
     /// What has arrived goes to the broker, unless it does not read.
-    fn to_broker(&mut self, number: u32) {
+    fn carry_to_broker(&mut self, number: u32) {
         loop {
             let now = self.computer_now();
             let Some(link) = self.links.get_mut(&number) else { return };
@@ -447,7 +447,7 @@ impl World {
         }
     }
 
-    fn to_client(&mut self, number: u32) {
+    fn carry_to_client(&mut self, number: u32) {
         let Some(link) = self.links.get_mut(&number) else { return };
         if link.left {
             return;
@@ -665,7 +665,7 @@ impl World {
     fn crash(&mut self, what: What, dice: u64) {
         let how = if what == What::Power { Crash::PowerLoss } else { Crash::Killed };
         let up = self.machine.is_up();
-        if !up && (how == Crash::Killed || dice % 3 > 0) {
+        if !up && (how == Crash::Killed || !dice.is_multiple_of(3)) {
             return;
         }
         self.say(|| format!("{how:?}{}", if up { "" } else { ", while the process is down" }));
