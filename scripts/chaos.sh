@@ -62,8 +62,8 @@ for step in $steps; do
         power) run power chaos power --images "$(pick 10 500)" --fs ext4 --policy all ;;
         disk) run disk chaos disk --fault all --runs "$(pick 2 50)" ;;
         net) run net chaos net --scenario all ;;
-        fuzz) run fuzz scripts/fuzz.sh "$(pick quick 3600)" ;;
-        unsafe) run unsafe scripts/unsafe.sh ;;
+        fuzz) run fuzz scripts/fuzz.sh --record "$rows" "$(pick quick 3600)" ;;
+        unsafe) run unsafe scripts/unsafe.sh --record "$rows" ;;
         *) echo "no step $step" >&2; exit 2 ;;
     esac
 done

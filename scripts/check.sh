@@ -25,6 +25,11 @@ if command -v c++ >/dev/null; then
 fi
 step "the ring, all interleavings (loom)"
 RUSTFLAGS="--cfg loom" cargo test -p blipmq --lib --release --no-default-features --target-dir target/loom ring::
+step "simulation, 2,000 lives"
+cargo build --profile sim -p chaos --bin chaos
+target/sim/chaos sim --seeds 2000
+step "fuzzing, ten seconds a target"
+scripts/fuzz.sh quick
 step "kill -9, a few rounds"
 cargo build --bin blipmqd
 cargo run -p chaos --bin chaos -- crash --broker target/debug/blipmqd --rounds 12 --max-run-ms 1000 --policy all --cores 1,2,4

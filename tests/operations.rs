@@ -484,8 +484,10 @@ fn rust_log_decides_what_is_said() {
     let loud = Broker::start(&[SMALL, ("RUST_LOG", "debug")]);
     assert!(loud.log().contains("DEBUG"), "{}", loud.log());
     let normal = Broker::start(&[SMALL]);
-    let log = normal.log();
-    for line in ["net listening on 127.0.0.1:", "metrics server listening on 127.0.0.1:", "synced 4 KiB write"] {
+    // The disk is measured while clients are served already.
+    let log =
+        eventually("the disk to be measured", || Some(normal.log()).filter(|log| log.contains("synced 4 KiB write")));
+    for line in ["net listening on 127.0.0.1:", "metrics server listening on 127.0.0.1:"] {
         assert!(log.contains(line), "{line} in {log}");
     }
     assert!(!log.contains("DEBUG") && !log.contains('\x1b'), "{log}");

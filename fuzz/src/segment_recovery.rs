@@ -61,6 +61,12 @@ pub fn run(input: &[u8]) {
                 assert_eq!(strict.recovered.last_index, baseline.recovered.last_index, "nothing was damaged");
             }
             store.check_whole(&strict, checkpoint);
+            assert!(strict.recovered.time <= store.wall(), "time from the future");
+            assert!(
+                missing(&store.shape, checkpoint, &strict).is_none(),
+                "{:?}",
+                missing(&store.shape, checkpoint, &strict)
+            );
             assert!(salvaged.recovered.damage.is_empty(), "{:?}", salvaged.recovered.damage);
             assert!(same(&strict, &salvaged), "strict recovery and salvage differ");
             if let Some(witness) = witness(&store, &disk, checkpoint, &strict) {
@@ -247,6 +253,20 @@ fn witness(store: &Store, disk: &Image, checkpoint: Option<&Checkpoint>, strict:
         }
     }
     None
+}
+
+/// A segment that the checkpoint needs, of which something was durable, and that is not part of what was found.
+fn missing(shape: &StoreShape, checkpoint: Option<&Checkpoint>, strict: &Restart) -> Option<Segment> {
+    let checkpoint = checkpoint?;
+    let durable = |segment: &Segment| {
+        let state = checkpoint.streams.iter().find(|state| state.stream == segment.stream);
+        let first = segment.sequence * u64::from(shape.segment_size) + BLOCK as u64;
+        state.is_some_and(|state| state.durable.0 > first)
+    };
+    // In whichever slot.
+    let of = |segment: &Segment| (segment.stream, segment.sequence, segment.salt);
+    let found = |segment: &Segment| strict.recovered.live.iter().any(|live| of(live) == of(segment));
+    checkpoint.live.iter().find(|segment| durable(segment) && !found(segment)).copied()
 }
 
 fn is_there(known: &Known, disk: &Image) -> bool {

@@ -1,7 +1,9 @@
 //! A disk of our own under a real file system: every write is logged, errors and slowness come on demand.
 //!
-//!     file in memory <- blklogwrites <- (blkdebug | throttle) <- raw <- FUSE export <- loop device <- ext4 or XFS
-//!     \_____________________ qemu-storage-daemon ___________________________/
+//! ```text
+//! file in memory <- blklogwrites <- (blkdebug | throttle) <- raw <- FUSE export <- loop device <- ext4 or XFS
+//! \_____________________ qemu-storage-daemon ___________________________/
+//! ```
 //!
 //! Owns: the tools it needs, what it makes (processes, loop devices, mounts, files), and that all of it is undone: on drop,
 //! so on failure and on Ctrl-C too. Needs root.
