@@ -14,7 +14,7 @@ use blipmq::wal::record::RecoveryNote;
 use blipmq::wal::recovery::{Mode, StoreShape};
 
 use super::draw::Draw;
-use super::store::{Image, Known, Restart, Store, restart};
+use super::store::{Image, Known, Restart, Store, is_same_use, restart};
 
 pub fn run(input: &[u8]) {
     let store = Store::live(&mut Draw::front(input));
@@ -263,8 +263,7 @@ fn missing(shape: &StoreShape, checkpoint: Option<&Checkpoint>, strict: &Restart
         let first = segment.sequence * u64::from(shape.segment_size) + BLOCK as u64;
         state.is_some_and(|state| state.durable.0 > first)
     };
-    let found =
-        |segment: &Segment| strict.recovered.live.iter().any(|live| Segment { slot: live.slot, ..*segment } == *live);
+    let found = |segment: &Segment| strict.recovered.live.iter().any(|live| is_same_use(live, segment));
     checkpoint.live.iter().find(|segment| durable(segment) && !found(segment)).copied()
 }
 
