@@ -19,10 +19,6 @@ if cargo tree -p blipmq --no-default-features --features server -e normal | grep
 fi
 step tests
 cargo test --workspace
-if command -v c++ >/dev/null; then
-    step "fuzzing, ten seconds each"
-    scripts/fuzz.sh quick
-fi
 step "the ring, all interleavings (loom)"
 RUSTFLAGS="--cfg loom" cargo test -p blipmq --lib --release --no-default-features --target-dir target/loom ring::
 step "simulation, 2,000 lives"

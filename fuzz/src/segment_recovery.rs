@@ -14,7 +14,7 @@ use blipmq::wal::record::RecoveryNote;
 use blipmq::wal::recovery::{Mode, StoreShape};
 
 use super::draw::Draw;
-use super::store::{Image, Known, Restart, Store, restart};
+use super::store::{Image, Known, Restart, Store, is_same_use, restart};
 
 pub fn run(input: &[u8]) {
     let store = Store::live(&mut Draw::front(input));

@@ -255,7 +255,6 @@ impl Store {
             self.disk.get(known.segment.slot, known.offset, len) == Some(&known.bytes[..len])
         };
         let frames = self.known.iter().filter(|known| {
-            // In whichever file.
             let of = |segment: &Segment| (segment.stream, segment.sequence, segment.salt);
             recovered.live.iter().any(|live| of(live) == of(&known.segment))
                 && end(known.segment.stream).is_some_and(|end| known.header.end() <= end)
@@ -627,6 +626,11 @@ impl Store {
             }
         }
     }
+}
+
+/// Whichever file it is in: names carry no meaning.
+pub fn is_same_use(a: &Segment, b: &Segment) -> bool {
+    (a.stream, a.sequence, a.salt) == (b.stream, b.sequence, b.salt)
 }
 
 fn content(record: &Record<'_>) -> Content {
