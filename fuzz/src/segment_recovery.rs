@@ -263,9 +263,7 @@ fn missing(shape: &StoreShape, checkpoint: Option<&Checkpoint>, strict: &Restart
         let first = segment.sequence * u64::from(shape.segment_size) + BLOCK as u64;
         state.is_some_and(|state| state.durable.0 > first)
     };
-    // In whichever slot.
-    let of = |segment: &Segment| (segment.stream, segment.sequence, segment.salt);
-    let found = |segment: &Segment| strict.recovered.live.iter().any(|live| of(live) == of(segment));
+    let found = |segment: &Segment| strict.recovered.live.iter().any(|live| is_same_use(live, segment));
     checkpoint.live.iter().find(|segment| durable(segment) && !found(segment)).copied()
 }
 

@@ -177,12 +177,6 @@ impl World {
         let silent = self.now - client.last_heard > patience;
         if silent && (!client.session.logged_in || !client.session.awaited.is_empty()) {
             self.say(|| format!("client {n} loses its patience"));
-            let spoilt = self.clients[n].link.and_then(|link| self.links.get(&link)).is_some_and(|link| link.spoilt);
-            if self.healing && !spoilt {
-                let awaited = self.clients[n].session.awaited.len();
-                return self
-                    .stuck(format!("client {n} has {awaited} requests unanswered, and nothing is wrong any more"));
-            }
             self.leave(n, true);
             return;
         }

@@ -195,13 +195,6 @@ impl SimDisk {
         self.files.get(&id).map(|file| file.bytes.len())
     }
 
-    /// Files with a sector that is not what was written to it.
-    pub fn damaged_files(&self) -> Vec<FileId> {
-        let mut files: Vec<FileId> = self.wrong.keys().map(|(id, _)| *id).collect();
-        files.dedup();
-        files
-    }
-
     pub fn slots(&self) -> impl Iterator<Item = u32> + '_ {
         self.files.keys().filter_map(|id| if let FileId::Slot(slot) = id { Some(*slot) } else { None })
     }
@@ -307,10 +300,7 @@ impl SimDisk {
     /// Something at rest changes: a bit, a sector, or a block. `false`: nothing was found to change.
     pub fn rot(&mut self) -> bool {
         for _ in 0..TRIES {
-            // A store has many segments, and two checkpoints.
-            let checkpoint = FileId::Checkpoint(self.rng.between(0, 1) as u8);
-            let favoured = self.rng.percent(20) && self.files.get(&checkpoint).is_some_and(|f| f.bytes.len() >= BLOCK);
-            let Some(id) = self.any_file().map(|any| if favoured { checkpoint } else { any }) else { return false };
+            let Some(id) = self.any_file() else { return false };
             let sectors = self.files[&id].bytes.len() / SECTOR;
             let nth = self.rng.between(0, sectors as u64 - 1) as usize;
             let at = nth * SECTOR;

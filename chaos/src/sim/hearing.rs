@@ -134,9 +134,7 @@ impl World {
                 self.confirmed(link, publisher, seq, true, Some(*level));
                 Heard::Stored { cid, publisher, seq }
             }
-            Outcome::Rejected { code, text } => {
-                // (A backlog may be full of what nobody will fetch.)
-                self.refused_for_space |= text.starts_with(b"storage full");
+            Outcome::Rejected { code, .. } => {
                 self.rejected(publisher, seq, *code);
                 Heard::Refused { cid, publisher, seq }
             }
@@ -152,7 +150,7 @@ impl World {
     fn confirmed(&mut self, link: u32, publisher: u16, seq: u64, duplicate: bool, level: Option<Durability>) {
         self.life.confirmed += 1;
         self.observe(Event::Confirmed { publisher, seq, duplicate });
-        let ms = self.broker_ms().max(self.run_ms);
+        let ms = self.broker_ms();
         self.books.stored_by(publisher, seq, ms);
         let Some(traits) = self.books.traits_of(publisher, seq) else { return };
         let policy = self.script.machine.policy;

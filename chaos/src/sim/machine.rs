@@ -23,7 +23,7 @@ use blipmq::limits::{BLOCK, RING_SLOTS};
 use blipmq::metrics::{CoreMetrics, Ledger};
 use blipmq::protocol::reply::Reply;
 use blipmq::shard::Shard;
-use blipmq::shard::effects::{BacklogRead, CloseReason, Effects, ForKeeper, Snapshot};
+use blipmq::shard::effects::{BacklogRead, CloseReason, Effects, ForKeeper};
 use blipmq::shard::event::{Event, FromKeeper};
 use blipmq::shard::message::CoreBatch;
 use blipmq::shard::settings::{BacklogOverflow, Overflow, Settings};
@@ -31,7 +31,7 @@ use blipmq::time::{Duration, Instant, Now, WallMs};
 use blipmq::types::{ConnId, CoreId, Lsn};
 use blipmq::wal::batch::Write;
 use blipmq::wal::commit::FsyncPolicy;
-use blipmq::wal::format::{Segment, StoreId, SubBatch};
+use blipmq::wal::format::{Segment, StoreId};
 use bytes::Bytes;
 
 use crate::message::MessageId;
@@ -338,8 +338,6 @@ struct Core {
     synced: Lsn,
     /// Completed writes that no sync covers: end, messages, when.
     unsynced: VecDeque<(Lsn, Vec<MessageId>, Instant)>,
-    /// Where batches end, and the log entries in them; those below the last checkpoint are left out.
-    batches: VecDeque<(Lsn, Vec<SubBatch>)>,
     /// By sender.
     rings: Vec<VecDeque<CoreBatch>>,
     reads: BTreeMap<u64, BacklogRead>,
@@ -367,43 +365,11 @@ impl Core {
             written: Lsn(BLOCK as u64),
             synced: Lsn(BLOCK as u64),
             unsynced: VecDeque::new(),
-            batches: VecDeque::new(),
             rings,
             reads: BTreeMap::new(),
             from_keeper: VecDeque::new(),
             next_conn: 0,
         }
-    }
-}
-
-impl Core {
-    /// A snapshot holds exactly what lies below the position it covers.
-    fn covers(&self, snapshot: &Snapshot) -> Result<(), String> {
-        for (end, entries) in &self.batches {
-            for SubBatch { vshard, records, base, .. } in entries {
-                let last = base + u64::from(*records) - 1;
-                let held = snapshot.vshards.iter().find(|(held, ..)| held == vshard).map_or(0, |(_, index, _)| *index);
-                let covered = snapshot.covered;
-                if *end <= covered && last > held {
-                    return Err(format!(
-                        "a checkpoint covers {covered}; entry {last} of {vshard:?} lies below and is not in it"
-                    ));
-                }
-                if *end > covered && *base <= held {
-                    return Err(format!(
-                        "a checkpoint covers {covered}; entry {base} of {vshard:?} lies behind and is in it"
-                    ));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// A segment that is full is synced before long, whatever the policy.
-    fn leaves_a_full_segment(&self, segment_size: u32) -> bool {
-        let segment = |end: Lsn| (end.0 - 1) / u64::from(segment_size);
-        let idle = self.sync.is_none() && self.inbox.is_empty() && self.turn_at.is_none();
-        idle && self.unsynced.front().is_some_and(|(end, ..)| segment(*end) < segment(self.written))
     }
 }
 
@@ -486,11 +452,6 @@ impl Machine {
     /// The opening notes are durable: clients may connect.
     pub fn is_ready(&self) -> bool {
         self.is_up() && self.stopping == Stopping::No && self.cores.iter().all(|core| core.phase == Phase::Ready)
-    }
-
-    /// A checkpoint is on its way to the disk.
-    pub fn is_checkpointing(&self) -> bool {
-        self.keeper.as_ref().is_some_and(Keeper::is_writing)
     }
 
     pub fn is_stopping(&self) -> bool {
@@ -612,10 +573,6 @@ impl Machine {
     pub fn check(&mut self) -> Result<(), String> {
         if let Some(broken) = self.broken.take() {
             return Err(broken);
-        }
-        let full = self.cores.iter().find(|core| core.leaves_a_full_segment(self.plan.segment_size));
-        if let Some(core) = full {
-            return Err(format!("I1: core {} has filled a segment, and does not sync it", core.id.0));
         }
         if self.is_quiet() {
             let ledger = Ledger::of(&self.metrics());
@@ -893,10 +850,6 @@ impl Machine {
             ForKeeper::Relocated { slot } => ToKeeper::Relocated { core: id, slot },
             ForKeeper::Snapshot(snapshot) => {
                 let begun = std::mem::take(&mut core.begun);
-                if let Err(text) = core.covers(&snapshot) {
-                    self.broken.replace(Some(text));
-                }
-                core.batches.retain(|(end, _)| *end > snapshot.covered);
                 ToKeeper::Snapshot(Box::new(CoreSnapshot::new(id, snapshot, begun, wall)))
             }
         };
@@ -940,13 +893,6 @@ impl Machine {
             }
             let frame = if write.new_segment { &write.bytes[BLOCK..] } else { &write.bytes[..] };
             let ids = boot::messages_in_frame(frame);
-            let (watermark, entries) = boot::entries_in_frame(frame);
-            if watermark < core.synced {
-                let synced = core.synced;
-                self.broken
-                    .replace(Some(format!("I9: a batch says {watermark} is durable, and {synced} is known to be")));
-            }
-            core.batches.push_back((write.end, entries));
             if self.plan.mistake == Some(HostMistake::WrittenWhenSubmitted) {
                 let event = Event::LogWritten { end: write.end, records: write.records, synced: self.plan.dsync };
                 core.inbox.push_back(event);

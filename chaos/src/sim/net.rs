@@ -117,14 +117,6 @@ impl<H> Link<H> {
         }
         let mut rest = Bytes::from(bytes);
         let mut times = Vec::new();
-        // What is still on its way may come together with what follows it: no reader finds frames cut apart neatly.
-        if self.manner.slices == Slices::Pieces
-            && rng.percent(50)
-            && let Some((_, last)) = self.up.back_mut().filter(|(at, _)| *at > now)
-        {
-            let more = rest.split_to(rng.between(1, rest.len() as u64) as usize);
-            *last = Bytes::from([&last[..], &more[..]].concat());
-        }
         let mut pieces = if self.manner.slices == Slices::Whole { 1 } else { rng.between(1, PIECES_MAX) };
         self.up_last = self.up_last.max(now + self.delay(rng));
         while !rest.is_empty() {

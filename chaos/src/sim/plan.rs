@@ -361,7 +361,7 @@ fn faults(rng: &mut Rng, options: &Options) -> Faults {
         lost_write: rate("lost-write", [10, 50, 200]),
         misdirect: rate("misdirect", [10, 50, 200]),
         rot: rate("rot", [5_000, 10_000, 10_000]),
-        slow: rate("slow", [30, 100, 300]),
+        slow: rate("slow", [10, 30, 100]),
         late: rate("late", [2_000, 5_000, 10_000]),
     }
 }

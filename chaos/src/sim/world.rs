@@ -78,14 +78,6 @@ enum Phase {
     Over,
 }
 
-/// When all is delivered, one more message for every topic must be taken: what was short must be there again.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Probe {
-    Due(Instant),
-    Sent,
-    Done,
-}
-
 pub struct World {
     pub script: Script,
     pub machine: Machine,
@@ -127,13 +119,6 @@ pub struct World {
     healed_at: Instant,
     pub last_delivery: Instant,
     since_check: u32,
-    /// A crash that waits until a checkpoint is being written.
-    crash_at_checkpoint: Option<(What, u64)>,
-    /// After the chaos: how far it is shown that publishes are taken.
-    probe: Probe,
-    pub refused_for_space: bool,
-    /// Broker time when the last happening inside of the broker began: it may have been the end of that process.
-    pub run_ms: u64,
     pub life: Life,
     options: Options,
 }
@@ -148,8 +133,6 @@ const HEAL_MAX: Duration = Duration::from_secs(400);
 /// Nothing was delivered for so long: there is nothing to come.
 const QUIET: Duration = Duration::from_secs(70);
 const LOOK: Duration = Duration::from_millis(250);
-/// A checkpoint or two later there may be space.
-const PROBE_AGAIN: Duration = Duration::from_secs(10);
 /// What one core says to another has been heard by then.
 pub const RING_DELAY_MAX: Duration = Duration::from_millis(300);
 /// The books are looked at after so many events.
@@ -196,10 +179,6 @@ impl World {
             healed_at: Instant(0),
             last_delivery: Instant(0),
             since_check: 0,
-            crash_at_checkpoint: None,
-            probe: Probe::Due(Instant(0)),
-            refused_for_space: false,
-            run_ms: 0,
             life: Life { seed, ..Life::default() },
             options: options.clone(),
             script,
@@ -268,14 +247,8 @@ impl World {
             self.now = self.now.max(inside.unwrap_or(self.now));
             self.mix(self.now.0);
             let now = self.computer_now();
-            self.run_ms = self.broker_ms();
             self.machine.run_one(now);
             self.after();
-            if self.machine.is_checkpointing()
-                && let Some((what, dice)) = self.crash_at_checkpoint.take()
-            {
-                self.crash(what, dice);
-            }
             if let Some(left) = &mut self.crash_after {
                 *left = left.saturating_sub(1);
                 if *left == 0 {
@@ -419,7 +392,7 @@ impl World {
         self.fail(invariant, text);
     }
 
-    pub fn stuck(&mut self, text: String) {
+    fn stuck(&mut self, text: String) {
         self.say(|| format!("stuck: {text}"));
         self.observe(Event::Stuck { run: self.run });
         self.fail("stuck", text);

@@ -32,20 +32,6 @@ impl World {
         }
     }
 
-    /// One message that has to be taken.
-    pub fn publish_plainly(&mut self, n: usize, topic: u16) {
-        let letter = Letter { qos: Qos::AtLeastOnce, confirm: true, ttl_ms: Some(0), delay_ms: 0, priority: 0 };
-        let number = self.books.next_publisher();
-        self.observe(Event::Joins { topic });
-        let (pending, confirmed) = (BTreeMap::from([(1, letter)]), Vec::new());
-        let identity = IdentityKind::None;
-        self.clients[n].publishers.push(Publisher { number, topic, identity, next_seq: 1, pending, confirmed });
-        let traits = Traits { at_most_once: false, class: Some(0), ttl_ms: 0, delay_ms: 0, sent_ms: self.broker_ms() };
-        self.books.traits(number, 1, traits);
-        self.observe(Event::Special { publisher: number, seq: 1, traits });
-        self.send_letter(n, self.clients[n].publishers.len() - 1, 1, letter);
-    }
-
     pub(super) fn publish(&mut self, n: usize, p: usize) {
         let features = self.script.features;
         let client = &mut self.clients[n];

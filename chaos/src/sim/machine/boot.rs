@@ -284,15 +284,6 @@ impl Machine {
                 return Vec::new();
             }
         };
-        // The other one has all that is needed, unless a crash has left it half written.
-        let damaged = self.disk.damaged_files();
-        let one_checkpoint = matches!(damaged[..], [FileId::Checkpoint(_)]) && should.store.fallbacks == 0;
-        if one_checkpoint
-            && !unreadable
-            && let Err(error) = found
-        {
-            self.broken.replace(Some(format!("I9: refused for the sake of one damaged checkpoint: {error}")));
-        }
         let Ok(found) = found else { return Vec::new() };
         let (is, was) = (&found.store.recovered.last_index, &should.store.recovered.last_index);
         if is.iter().zip(was).any(|(is, was)| is > was) {
@@ -301,10 +292,6 @@ impl Machine {
         self.lost_records = is.iter().zip(was).map(|(is, was)| was.saturating_sub(*is)).sum();
         if self.lost_records == 0 {
             return Vec::new();
-        }
-        if one_checkpoint {
-            let lost = self.lost_records;
-            self.broken.replace(Some(format!("I9: one damaged checkpoint costs {lost} records")));
         }
         for sealed in &should.store.recovered.sealed {
             let end = found.store.recovered.sealed.iter().find(|found| found.stream == sealed.stream);
@@ -394,8 +381,7 @@ impl Machine {
     /// Rot goes on while the broker runs.
     pub(super) fn schedule_rot(&mut self, now: Instant) {
         if self.plan.faults.rot > 0 {
-            let at = now + Duration::from_millis(self.rng.between(0, 800));
-            self.schedule(at, Happening::Rot);
+            self.schedule(now + Duration::from_secs(1), Happening::Rot);
         }
     }
 }
@@ -434,22 +420,4 @@ pub(super) fn messages_in_frame(frame: &[u8]) -> Vec<MessageId> {
         }
     }
     messages
-}
-
-/// The watermark that a frame carries, and the runs of log entries in it.
-pub(super) fn entries_in_frame(frame: &[u8]) -> (Lsn, Vec<SubBatch>) {
-    let mut entries = Vec::new();
-    let Some((header, _)) = FrameHeader::decode(frame) else { return (Lsn(0), entries) };
-    let (mut at, mut left) = (FRAME_HEADER, header.records);
-    while left > 0 {
-        let Some(sub) = frame.get(at..).and_then(SubBatch::decode) else { break };
-        at += SUB_BATCH_HEADER;
-        left = left.saturating_sub(sub.records.max(1));
-        entries.extend(Some(sub).filter(|sub| sub.base > 0));
-        for _ in 0..sub.records {
-            let Some(Ok((_, used))) = frame.get(at..).map(Record::decode) else { return (header.durable, entries) };
-            at += used;
-        }
-    }
-    (header.durable, entries)
 }

@@ -152,10 +152,6 @@ impl Keeper {
         self.inbox.push_back(message);
     }
 
-    pub fn is_writing(&self) -> bool {
-        matches!(self.job, Some(Job::Write(_)))
-    }
-
     /// No core waits for it to do something.
     pub fn is_idle(&self) -> bool {
         let served = self.pending.is_empty() || self.no_space;

@@ -10,8 +10,6 @@ impl World {
             return;
         }
         match what {
-            // What is half written to a checkpoint is found only by those who look for the moment.
-            What::Kill | What::Power if dice % 4 == 0 => self.crash_at_checkpoint = Some((what, dice)),
             What::Kill | What::Power => self.crash(what, dice),
             What::Stop => self.stop(dice),
             What::Clock => {

@@ -8,7 +8,6 @@ impl World {
         self.say(|| "no more faults from now on".into());
         self.machine.heal();
         self.crash_after = None;
-        self.crash_at_checkpoint = None;
         if self.machine.is_up() && self.rng.percent(50) && self.options.allows(What::Kill.name()) {
             self.crash(What::Kill, 0);
             self.crash_after = None;
@@ -73,10 +72,7 @@ impl World {
             Phase::Drain => {
                 let open = self.oracle.outstanding().len();
                 let calm = quiet > Duration::from_secs(3) && since > Duration::from_secs(3);
-                let over = answered && calm && (open == 0 || quiet > QUIET);
-                if over && self.probe != Probe::Done && since <= HEAL_MAX {
-                    self.probe();
-                } else if over && self.probe == Probe::Done {
+                if answered && calm && (open == 0 || quiet > QUIET) {
                     self.say(|| format!("all is answered, {open} messages are outstanding"));
                     self.phase = Phase::Rest;
                     self.last_delivery = self.now;
@@ -85,10 +81,7 @@ impl World {
                         self.leave(n, false);
                     }
                 } else if since > HEAL_MAX {
-                    let refused =
-                        if self.refused_for_space { ", and publishes are refused for want of space" } else { "" };
-                    let text = format!("{open} messages outstanding, all publishes answered: {answered}{refused}");
-                    return self.stuck(text);
+                    return self.stuck(format!("{open} messages outstanding, all publishes answered: {answered}"));
                 }
             }
             Phase::Rest => {
@@ -104,21 +97,6 @@ impl World {
             Phase::Chaos | Phase::Over => {}
         }
         self.push(self.now + LOOK, Item::Look);
-    }
-
-    /// Everything was consumed: whatever was full has room again, and takes a message for every topic.
-    fn probe(&mut self) {
-        let Some(n) = self.collector.filter(|n| self.clients[*n].session.logged_in) else { return };
-        match self.probe {
-            Probe::Due(at) if self.now >= at => {
-                self.refused_for_space = false;
-                self.probe = Probe::Sent;
-                (0..TOPICS.len() as u16).for_each(|topic| self.publish_plainly(n, topic));
-            }
-            Probe::Sent if self.refused_for_space => self.probe = Probe::Due(self.now + PROBE_AGAIN),
-            Probe::Sent => self.probe = Probe::Done,
-            Probe::Due(_) | Probe::Done => {}
-        }
     }
 
     pub(super) fn end(&mut self) {

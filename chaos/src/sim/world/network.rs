@@ -13,7 +13,7 @@ impl World {
         let number = self.links_ever;
         let core = self.rng.between(0, u64::from(self.machine.cores()) - 1) as u16;
         let role = &self.clients[n].role;
-        let manner = if self.healing { Manner { slices: role.manner.slices, ..calm() } } else { role.manner };
+        let manner = if self.healing { calm() } else { role.manner };
         let link = Link::new(number, n, core, role.version, manner);
         let at = self.now + link.delay(&mut self.rng);
         self.links.insert(number, link);
