@@ -8,7 +8,7 @@
 # Steps: units sim mutants crash power disk net fuzz unsafe. Every step runs, also after one has failed. What a harness
 # records goes to target/chaos/rows-MODE.jsonl; `full` puts it into RESULTS.md. A failure leaves its artefacts in a folder
 # that the harness names, and makes this script end with 1. Power cuts and failing disks need root, loop devices, FUSE and
-# qemu-storage-daemon: scripts/chaos-setup.sh installs what is missing.
+# qemu-storage-daemon: scripts/rig.sh installs what is missing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
